@@ -1,0 +1,1 @@
+"""Training methods, each a fastai Callback that works in any Learner."""

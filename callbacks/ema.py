@@ -1,0 +1,102 @@
+"""Exponential moving average of the weights.
+
+What: keeps an average of all weights and BatchNorm statistics; validates with it, and leaves it in the network at the end.
+When: with any schedule; most useful in short fits, or where the learning rate ends high.
+Cost: one more copy of the network, one multiply-add a weight and step.
+Interactions: `KeepBest` keeps averaged weights. Zeros stay zero as long as the trained weights keep them zero.
+Source: Polyak and Juditsky 1992; the rising decay is TensorFlow's `ExponentialMovingAverage(num_updates=...)`.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from fastai.callback.core import Callback
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def update_average(average: Iterable[Tensor], current: Iterable[Tensor], decay: float) -> None:
+    """Move an average towards current values, in place: `average = decay * average + (1 - decay) * current`.
+
+    Args:
+        average: the averages; float tensors, or integer ones (counters), which are copied.
+        current: tensors of the same shapes, in the same order.
+        decay: share of the old average that stays, in [0, 1].
+    """
+    pairs = list(zip(average, current, strict=True))
+    floats = [(mean, value) for mean, value in pairs if mean.is_floating_point()]
+    torch._foreach_lerp_([mean for mean, _ in floats], [value for _, value in floats], 1 - decay)
+    for mean, value in pairs:
+        if not mean.is_floating_point():
+            mean.copy_(value)
+
+
+def _copy(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+class EMA(Callback):
+    """Trains as usual, validates and ends with the moving average of the weights.
+
+    Args:
+        decay: share of the average that stays at each step, in (0, 1). At step t it is at most (1 + t) / (10 + t), so
+            that the first steps, far from the end, are soon forgotten.
+
+    Raises:
+        ValueError: `decay` is out of its range.
+    """
+
+    # The trained weights come back in after_epoch: KeepBest (60) reads the average in after_validate, a checkpoint (90)
+    # the trained weights in after_epoch. In after_fit the average goes in before KeepBest puts the best one in.
+    order = 40
+
+    def __init__(self, decay: float = 0.999) -> None:
+        super().__init__()
+        if not 0 < decay < 1:
+            raise ValueError(f"decay must be a fraction in (0, 1), got {decay}")
+        self.decay = decay
+        self._average: dict[str, Tensor] | None = None
+        self._trained: dict[str, Tensor] | None = None
+        self._module: nn.Module | None = None
+        self._steps = 0
+
+    def before_fit(self) -> None:
+        """Begin the average with the weights as they are; first undo what an aborted validation left."""
+        self._restore()
+        self._module = self.learn.model
+        self._average, self._steps = _copy(self._module), 0
+
+    def after_step(self) -> None:
+        """Take this step's weights into the average."""
+        self._steps += 1
+        decay = min(self.decay, (1 + self._steps) / (10 + self._steps))
+        update_average(self._average.values(), self._module.state_dict().values(), decay)
+
+    def before_validate(self) -> None:
+        """Put the average into the network."""
+        if self._average is not None:
+            self._trained = _copy(self._module)
+            self._module.load_state_dict(self._average)
+
+    def after_epoch(self) -> None:
+        """Put the trained weights back."""
+        self._restore()
+
+    def after_fit(self) -> None:
+        """Leave the average in the network."""
+        if self._average is not None and self._steps:
+            self._module.load_state_dict(self._average)
+        self._average = self._trained = self._module = None
+
+    def state_dict(self) -> dict[str, object]:
+        """What a checkpoint needs to go on: the average and the number of steps."""
+        return {"average": self._average, "steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Go on from a checkpoint."""
+        self._average, self._steps = state["average"], state["steps"]
+
+    def _restore(self) -> None:
+        if self._trained is not None:
+            self._module.load_state_dict(self._trained)
+            self._trained = None

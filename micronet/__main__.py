@@ -1,0 +1,5 @@
+"""`python -m micronet`."""
+
+from micronet.cli import main
+
+main()

@@ -1,0 +1,184 @@
+"""A `Fit` becomes a fastai Learner, and the Learner's fit."""
+
+import random
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback
+from fastai.callback.schedule import ParamScheduler
+from fastai.callback.training import GradientClip
+from fastai.learner import Learner
+from rich.console import Console
+from torch import nn
+
+from callbacks.checkpoint import Checkpoint, EarlyStop, KeepBest
+from callbacks.ema import EMA
+from callbacks.precision import Precision, bf16_speeds_up
+from callbacks.schedule import OneCycle
+from micronet.data import Data, loaders
+from micronet.errors import MicronetError
+from micronet.optim import CrossEntropy, decay_groups, metrics
+from micronet.progress import History, Table
+from micronet.recipe import Fit, Recipe
+
+
+def pick_device(name: str | None = None) -> str:
+    """The device to compute on: the one named, else a CUDA GPU where there is one, else the CPU."""
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def seed_all(seed: int) -> None:
+    """Seed the global random number generators of torch (all devices), numpy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def uses_bf16(fit: Fit, device: str) -> bool:
+    """Whether a fit computes in bf16 on a device: as the recipe says, else where it is known to be faster."""
+    return bf16_speeds_up(device) if fit.bf16 is None else fit.bf16
+
+
+def make_learner(
+    fit: Fit, model: nn.Module, data: Data, *, device: str = "cpu", seed: int = 0, path: str | Path = "."
+) -> Learner:
+    """Build the Learner of a fit: data, network, loss, optimizer, metrics, precision, average, and the recipe's callbacks.
+
+    Args:
+        fit: the stage.
+        model: the network.
+        data: the image sets.
+        device: where to train.
+        seed: of order and augmentation of the images.
+        path: folder for what fastai writes itself.
+    """
+    if fit.batch_size is not None:
+        data = replace(data, batch_size=fit.batch_size)
+    bf16 = uses_bf16(fit, device)
+    channels_last = bf16 if fit.channels_last is None else fit.channels_last
+    cbs: list[Callback] = [Precision(bf16, channels_last)] if bf16 or channels_last else []
+    if fit.grad_clip is not None:
+        cbs.append(GradientClip(fit.grad_clip))
+    if fit.ema is not None:
+        cbs.append(EMA(fit.ema))
+    cbs += [make() for make in fit.cbs]
+    model.to(device)  # before the optimizer takes its parameters
+    learn = Learner(
+        loaders(data, device=device, seed=seed),
+        model,
+        loss_func=CrossEntropy(fit.label_smoothing),
+        opt_func=fit.opt,
+        lr=fit.lr,
+        splitter=_one_group if fit.wd_bn_bias else decay_groups,
+        cbs=cbs,
+        metrics=metrics(),
+        path=path,
+        wd_bn_bias=True,  # decay_groups does what fastai's flag does, for torch's optimizers too
+    )
+    # Importing some fastai modules makes its notebook bar a default callback; micronet draws its own (progress.py).
+    learn.remove_cbs(ProgressCallback)
+    if fit.compile:
+        model.compile()
+    return learn
+
+
+def _one_group(model: nn.Module) -> list[list[nn.Parameter]]:
+    return [[p for p in model.parameters() if p.requires_grad]]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a fit leaves besides the network.
+
+    Args:
+        rows: one dict an epoch, as `History` has them.
+        lrs: learning rate of each step.
+        best_epoch: number of the epoch whose weights were kept, from 0; None for the last one's.
+        diverged: the epoch in which the loss stopped being finite; None where it did not.
+    """
+
+    rows: list[dict[str, Any]]
+    lrs: list[float]
+    best_epoch: int | None
+    diverged: int | None
+
+
+def run_fit(
+    learn: Learner,
+    fit: Fit,
+    console: Console,
+    *,
+    checkpoint: Path | None = None,
+    cbs: tuple[Callback, ...] = (),
+) -> FitResult:
+    """Fit, from the checkpoint where there is one.
+
+    Args:
+        learn: as `make_learner` gives it.
+        fit: the same stage.
+        console: where the table is printed.
+        checkpoint: the file to write after each epoch and to go on from; None for none.
+        cbs: further callbacks, such as a logger.
+    """
+    state = None
+    if checkpoint is not None and checkpoint.exists():
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    history = History()
+    table = Table(history, console)
+    best = KeepBest() if fit.keep == "best" and fit.epochs else None
+    extra: list[Callback] = [history, table, *cbs]
+    extra += [best] if best else []
+    extra += [EarlyStop(fit.early_stop)] if fit.early_stop else []
+    extra += [Checkpoint(checkpoint, state)] if checkpoint is not None else []
+    start = state["epoch"] if state else 0
+    wd = fit.wd if fit.wd_bn_bias else [fit.wd, 0.0]
+    try:
+        if isinstance(fit.schedule, OneCycle):
+            one = fit.schedule
+            learn.fit_one_cycle(
+                fit.epochs, fit.lr, one.div, one.div_final, one.pct_start, wd, one.moms, extra, start_epoch=start
+            )
+        else:
+            scheduler = ParamScheduler({"lr": lambda progress: fit.lr * fit.schedule(progress)})
+            learn.fit(fit.epochs, fit.lr, wd, [scheduler, *extra], start_epoch=start)
+    finally:
+        table.close()
+    lrs = [float(lr) for lr in learn.recorder.lrs]
+    return FitResult(history.rows, lrs, best.best_epoch if best else None, history.diverged)
+
+
+def find_lr(
+    recipe: Recipe, *, steps: int = 100, seed: int = 0, limit: int | None = None, device: str | None = None
+) -> tuple[list[float], list[float], float]:
+    """Train a recipe's first stage with a growing learning rate, until the loss explodes.
+
+    Args:
+        recipe: its first stage names optimizer, loss and callbacks.
+        steps: at most; the learning rate grows from 1e-7 to 10 over them.
+        seed: of weights, order and augmentation.
+        limit: most images in each split; None for all.
+        device: where to train; None for a GPU where there is one.
+
+    Returns:
+        Learning rates, smoothed losses, and fastai's suggestion (the longest valley of the loss).
+
+    Raises:
+        MicronetError: the loss had no valley.
+    """
+    data = recipe.data() if limit is None else recipe.data().limit(limit)
+    seed_all(seed)
+    device = pick_device(device)
+    with tempfile.TemporaryDirectory() as folder:
+        model = recipe.model(num_classes=data.num_classes)
+        learn = make_learner(recipe.stages[0], model, data, device=device, seed=seed, path=folder)
+        try:
+            found = learn.lr_find(num_it=steps, show_plot=False)
+        except (IndexError, ValueError) as error:
+            raise MicronetError(f"no learning rate to suggest: the loss had no valley in {steps} steps") from error
+    losses = [float(loss) for loss in learn.recorder.losses]
+    return [float(lr) for lr in learn.recorder.lrs], losses, float(found.valley)

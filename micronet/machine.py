@@ -1,0 +1,54 @@
+"""What a number was measured on: hardware, versions, and the state of the source."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import micronet
+
+# The instruction sets that decide how fast small networks run on x86.
+_INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """Describe the machine: processor, cores, threads in use, instruction sets, and the GPU where one is used.
+
+    Args:
+        device: where the network runs.
+    """
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    fields = dict(line.split(":", 1) for line in info.split("\n\n")[0].splitlines() if ":" in line)
+    fields = {name.strip(): value.strip() for name, value in fields.items()}
+    flags = set(fields.get("flags", "").split())
+    machine: dict[str, Any] = {
+        "cpu": fields.get("model name", platform.processor() or platform.machine()),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instruction_sets": [name for name in _INSTRUCTION_SETS if name in flags],
+        "device": device,
+    }
+    if torch.device(device).type == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name(device)
+    return machine
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers."""
+    packages = ("torch", "torchvision", "fastai", "numpy")
+    own = {"python": platform.python_version(), "micronet": micronet.__version__}
+    return own | {name: importlib.metadata.version(name) for name in packages}
+
+
+def git_state(folder: str | Path) -> str | None:
+    """Commit of the repository that holds a folder, with `-dirty` for uncommitted changes; None outside of one."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None

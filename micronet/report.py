@@ -1,0 +1,242 @@
+"""Tables and plots of runs and measurements."""
+
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from micronet.evaluate import Evaluation
+    from micronet.score import Score
+
+
+def write_text(text: str, path: str | Path) -> None:
+    """Write a small file beside its place and rename it, so that it is whole or absent."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_text(text)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Write rows as CSV; the columns are all keys that occur, in order of appearance.
+
+    Args:
+        rows: flat dicts.
+        path: the file.
+    """
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(text.getvalue(), path)
+
+
+def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested dicts: `{"valid": {"top1": 0.9}}` gives `{"valid_top1": 0.9}`."""
+    out: dict[str, Any] = {}
+    for key, value in row.items():
+        out |= flat(value, f"{prefix}{key}_") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return out
+
+
+def save_figure(figure: "Figure", path: str | Path) -> None:
+    """Write a figure as PNG beside its place and rename it, and close it.
+
+    Args:
+        figure: what to write.
+        path: the file; its folder must exist.
+    """
+    import matplotlib.pyplot as plt
+
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp.png")
+    try:
+        figure.savefig(beside, dpi=120)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+        plt.close(figure)
+
+
+def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 4.0)) -> tuple["Figure", Any]:
+    """Make a figure and its axes without opening a window.
+
+    Args:
+        rows: rows of axes.
+        columns: columns of axes.
+        size: width and height, inches.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes if rows * columns > 1 else axes[0, 0]
+
+
+def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str) -> None:
+    """Draw losses and accuracies over the epochs of a fit.
+
+    Args:
+        rows: one dict an epoch with `train_loss`, `valid_loss`, `top1`, `top5`.
+        path: the PNG.
+        title: named above the plot.
+    """
+    figure, axes = new_figure(1, 2, (9.6, 3.8))
+    left, right = axes[0]
+    epochs = [row["epoch"] + 1 for row in rows]
+    marker = "o" if len(rows) < 40 else None
+    for name, label in (("train_loss", "training (with its augmentation)"), ("valid_loss", "validation")):
+        left.plot(epochs, [row[name] for row in rows], label=label, marker=marker, markersize=3)
+    left.set(xlabel="epoch", ylabel="cross-entropy", title=title)
+    left.legend(frameon=False)
+    for name, label in (("top1", "top-1"), ("top5", "top-5")):
+        right.plot(epochs, [100 * row[name] for row in rows], label=label, marker=marker, markersize=3)
+    right.set(xlabel="epoch", ylabel="right on validation, %")
+    right.legend(frameon=False, loc="lower right")
+    for ax in (left, right):
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def plot_rates(rates: Sequence[float], path: str | Path, title: str) -> None:
+    """Draw the learning rate of each step.
+
+    Args:
+        rates: one number a step.
+        path: the PNG.
+        title: named above the plot.
+    """
+    figure, ax = new_figure()
+    ax.plot(rates)
+    ax.set(xlabel="step", ylabel="learning rate", title=title)
+    ax.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def plot_lr_find(rates: Sequence[float], losses: Sequence[float], suggested: float, path: str | Path) -> None:
+    """Draw the loss of a mock training against its growing learning rate, and the suggestion.
+
+    Args:
+        rates: learning rate of each step.
+        losses: smoothed training loss of each step.
+        suggested: the learning rate to mark.
+        path: the PNG.
+    """
+    figure, ax = new_figure()
+    ax.plot(rates, losses)
+    ax.axvline(suggested, color="tab:orange", linestyle="--", label=f"suggested: {suggested:.2g}")
+    ax.set(xlabel="learning rate", ylabel="training loss, smoothed", xscale="log", title="learning-rate finder")
+    ax.legend(frameon=False)
+    ax.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def plot_confusion(evaluation: "Evaluation", classes: Sequence[str], path: str | Path, title: str) -> None:
+    """Draw the confusion matrix, and the classes that are answered worst.
+
+    Args:
+        evaluation: counts.
+        classes: names in label order.
+        path: the PNG.
+        title: named above the matrix.
+    """
+    count = len(classes)
+    side = 6.4 if count <= 20 else 8.4
+    figure, axes = new_figure(1, 2, (side + 4.2, side))
+    left, right = axes[0]
+    share = evaluation.confusion.double() / evaluation.confusion.sum(1, keepdim=True).clamp(min=1)
+    image = left.imshow(100 * share.numpy(), cmap="magma_r", vmin=0, vmax=100, interpolation="nearest")
+    figure.colorbar(image, ax=left, shrink=0.7, label="% of the class's images")
+    ticks = range(count) if count <= 20 else range(0, count, 5)
+    size = 8 if count <= 20 else 6
+    left.set_xticks(ticks, [classes[i] for i in ticks], rotation=90, fontsize=size)
+    left.set_yticks(ticks, [classes[i] for i in ticks], fontsize=size)
+    left.set(xlabel="answer", ylabel="label", title=title)
+    accuracy = evaluation.class_accuracy().nan_to_num(nan=-1.0)
+    worst = [i for i in accuracy.argsort().tolist() if accuracy[i] >= 0][:15]
+    right.barh([classes[i] for i in worst][::-1], [100 * accuracy[i].item() for i in worst][::-1], color="tab:blue")
+    for place, i in enumerate(reversed(worst)):
+        right.text(100 * accuracy[i].item() + 1, place, f"{100 * accuracy[i].item():.0f}", va="center", fontsize=8)
+    right.set(xlabel="right, %", xlim=(0, 108), title="worst classes")
+    save_figure(figure, path)
+
+
+def score_table(score: "Score") -> Table:
+    """Lay out a score layer by layer; lines that the rules do not count are left out.
+
+    Args:
+        score: what to show.
+    """
+    table = Table(title=f"{score.model} - rules: {score.rules.name}", title_justify="left")
+    table.add_column("layer", overflow="fold")
+    table.add_column("operation")
+    for column in ("in", "out", "weights", "mults", "adds"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for line in score.lines:
+        if line.mults or line.adds:
+            shapes = ("x".join(map(str, shape)) for shape in (line.in_shape, line.out_shape))
+            numbers = (f"{n:,}" for n in (line.weights, line.mults, line.adds))
+            table.add_row(line.name, line.op, *shapes, *numbers)
+    return table
+
+
+def totals_table(score: "Score") -> Table:
+    """Lay out a score's totals, and the share of each kind of operation.
+
+    Args:
+        score: what to show.
+    """
+    table = Table(title="totals, for one image", title_justify="left")
+    table.add_column("")
+    for column in ("mults", "adds", "ops"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for op, part in score.by_op.items():
+        table.add_row(f"{op} ({part['lines']})", *(f"{part[name]:,.0f}" for name in ("mults", "adds", "ops")))
+    table.add_section()
+    table.add_row("all", f"{score.mults:,}", f"{score.adds:,}", f"{score.ops:,.0f}", style="bold")
+    return table
+
+
+def stages_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Lay out the stages of a run, a row each.
+
+    Args:
+        rows: as `row.json` has them.
+    """
+    table = Table(title="stages", title_justify="left")
+    table.add_column("stage")
+    for column in ("valid top-1", "test top-1", "params", "MACs", "score", "file", "seconds"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        test = row.get("test")
+        table.add_row(
+            row["stage"],
+            _share(row["valid"]),
+            _share(test) if test else "-",
+            f"{row['params']:,}",
+            f"{row['macs'] / 1e6:,.1f} M",
+            f"{row['score']:.5f}",
+            f"{row['file_bytes'] / 1e6:.2f} MB",
+            f"{row['seconds']:.0f}",
+        )
+    return table
+
+
+def _share(part: Mapping[str, Any]) -> str:
+    return f"{100 * part['top1']:.2f} % ({part['top1_count']:,} of {part['images']:,})"
