@@ -1,12 +1,12 @@
 """Checkpoints, the best epoch, and early stopping - all of which survive a kill.
 
 What: `Checkpoint` writes everything a fit needs to go on after each epoch; a fit that goes on from it does the same
-arithmetic as one that was never stopped. `KeepBest` ends with the weights of the best validation epoch, `EarlyStop` ends
-a fit that no longer improves.
+arithmetic as one that was never stopped. `KeepBest` ends with the weights of the best validation epoch, `EarlyStop`
+ends a fit that no longer improves.
 When: every fit longer than you would want to repeat.
 Cost: one file of about four times the weights (weights, optimizer, average, best), written once an epoch.
-Interactions: a callback with `state_dict` and `load_state_dict` of its own is saved and restored, too (`EMA`, `KeepBest`,
-`EarlyStop`). Equal bits need the same CPU, versions and number of threads.
+Interactions: a callback with `state_dict` and `load_state_dict` of its own is saved and restored, too (`EMA`,
+`KeepBest`, `EarlyStop`). Equal bits need the same CPU, versions and number of threads.
 Source: fastai's Learner and its events; the file is written beside and renamed, so that it is whole or absent.
 """
 

@@ -1,6 +1,6 @@
 """Exponential moving average of the weights.
 
-What: keeps an average of all weights and BatchNorm statistics; validates with it, and leaves it in the network at the end.
+What: keeps an average of all weights and BatchNorm statistics; validates with it, and leaves it in the network.
 When: with any schedule; most useful in short fits, or where the learning rate ends high.
 Cost: one more copy of the network, one multiply-add a weight and step.
 Interactions: `KeepBest` keeps averaged weights. Zeros stay zero as long as the trained weights keep them zero.

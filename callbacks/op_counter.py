@@ -360,7 +360,7 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
-    return tensor.to("cpu", copy=True)
+    return torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor.to("cpu", copy=True)
 
 
 def _export(model: nn.Module, input_size: Shape) -> tuple[Line, ...]:

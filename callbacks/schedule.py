@@ -1,6 +1,6 @@
 """Schedules: frozen functions of progress, a number in [0, 1], giving a fraction of the largest value.
 
-A schedule keeps no state, so two fits can share one. A fraction of a fit of E epochs that stands for "at epoch e" is e / E.
+A schedule keeps no state, so two fits can share one. Of a fit of E epochs, "at epoch e" is the progress e / E.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ def _check(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{name} must be a number in [{low}, {high}], got {value!r}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Schedule:
     """What every schedule has: a linear warm-up from nearly 0.
 
@@ -37,12 +37,12 @@ class Schedule:
         return 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Constant(Schedule):
     """1 throughout, after the warm-up."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cosine(Schedule):
     """Half a cosine from 1 to `end`, beginning where the warm-up ends.
 
@@ -66,7 +66,7 @@ class Cosine(Schedule):
         return self.end + (1 - self.end) * (1 + cos(pi * done)) / 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MultiStep(Schedule):
     """Multiplied by `gamma` at each milestone.
 
@@ -92,7 +92,7 @@ class MultiStep(Schedule):
         return self.gamma ** sum(progress >= milestone for milestone in self.milestones)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Step(Schedule):
     """Multiplied by `gamma` after every `every` of the fit.
 
@@ -116,7 +116,7 @@ class Step(Schedule):
         return self.gamma ** int(progress / self.every + 1e-9)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OneCycle:
     """fastai's one-cycle policy, which also moves the momentum; run by `learn.fit_one_cycle`.
 

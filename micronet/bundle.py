@@ -1,7 +1,7 @@
 """`model.pth`: a network that loads anywhere, with what is needed to use it and to know where it came from.
 
-The file holds tensors and plain containers only and is read with `torch.load(weights_only=True)`: loading runs no code of
-the file's. It names a factory (a function that builds the network) which is called only if it is one of micronet's,
+The file holds tensors and plain containers only and is read with `torch.load(weights_only=True)`: loading runs no code
+of the file's. It names a factory (a function that builds the network) which is called only if it is one of micronet's,
 torchvision's or timm's own.
 """
 
@@ -24,7 +24,15 @@ FORMAT = "micronet"
 VERSION = 1
 # Arguments that fetch weights from elsewhere: a bundle has its own.
 _FETCH = frozenset(
-    {"weights", "weights_backbone", "progress", "pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay"}
+    {
+        "weights",
+        "weights_backbone",
+        "progress",
+        "pretrained",
+        "checkpoint_path",
+        "pretrained_cfg",
+        "pretrained_cfg_overlay",
+    }
     | {"cache_dir", "scriptable"}
 )
 
@@ -176,8 +184,8 @@ def load(path: str | Path, *, factory: Callable[..., nn.Module] | None = None) -
         factory: builds the network instead of the one that the file names; called with the file's keyword arguments.
 
     Raises:
-        MicronetError: no such file; truncated; not PyTorch's; a pickle of objects; not a bundle; of a newer version; its
-            factory is not allowed; its weights don't fit.
+        MicronetError: no such file; truncated; not PyTorch's; a pickle of objects; not a bundle; of a newer version;
+            its factory is not allowed; its weights don't fit.
     """
     content = _read(Path(path))
     kwargs = content["kwargs"]
@@ -204,9 +212,12 @@ def _read(path: Path) -> dict[str, Any]:
         what = "is a folder; name the model.pth in it" if path.is_dir() else "no such file"
         raise MicronetError(f"{path}: {what}")
     if not zipfile.is_zipfile(path):
-        start = path.open("rb").read(4)
+        with path.open("rb") as file:
+            start = file.read(4)
         if start.startswith(b"PK"):
-            raise MicronetError(f"{path}: truncated (it begins like a model file and has no end); copy or make it again")
+            raise MicronetError(
+                f"{path}: truncated (it begins like a model file and has no end); copy or make it again"
+            )
         raise MicronetError(f"{path}: not a model file of micronet (model.pth); it begins with {start!r}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -216,8 +227,9 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path}: holds pickled objects, which can run code when read, and was refused; "
             f"save it again from its own program as a bundle ({reason[:120]})"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise MicronetError(f"{path}: damaged: {str(error).splitlines()[0][:160]}; copy or make it again") from error
+    except Exception as error:  # on damaged bytes the restricted unpickler fails with whatever comes
+        reason = (str(error) or type(error).__name__).splitlines()[0][:160]
+        raise MicronetError(f"{path}: damaged: {reason}; copy or make it again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise MicronetError(f"{path}: a PyTorch file, but not a bundle of micronet's ({_outline(content)})")
     if not isinstance(content.get("version"), int) or content["version"] > VERSION:
@@ -229,7 +241,15 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_fields(content: dict[str, Any], path: Path) -> None:
-    kinds = {"factory": str, "kwargs": dict, "state": dict, "classes": list, "input_size": list, "mean": list, "std": list}
+    kinds = {
+        "factory": str,
+        "kwargs": dict,
+        "state": dict,
+        "classes": list,
+        "input_size": list,
+        "mean": list,
+        "std": list,
+    }
     for name, kind in (kinds | {"history": list, "provenance": dict}).items():
         if not isinstance(content.get(name), kind):
             raise MicronetError(f"{path}: damaged: its {name} is not a {kind.__name__}; make it again")

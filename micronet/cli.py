@@ -50,6 +50,10 @@ def main() -> None:
     except MicronetError as error:
         print(f"micronet: {error}", file=sys.stderr)
         sys.exit(1)
+    except OSError as error:  # a full disk, a folder that is not ours to write
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"micronet: {where}{error.strerror or error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("\nmicronet: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -58,7 +62,8 @@ def main() -> None:
 def _console() -> "Console":
     from rich.console import Console
 
-    return Console(soft_wrap=not sys.stdout.isatty())
+    # Into a file or a pipe nothing is folded or cut.
+    return Console() if sys.stdout.isatty() else Console(width=200, soft_wrap=True)
 
 
 def _use_data(folder: Path | None) -> None:
@@ -132,9 +137,10 @@ def fit(
         load_recipe(recipe)  # says what is wrong before anything slow is imported
     _use_data(data_dir)
     _check_device(device)
+    from micronet.folder import read_rows, set_aside
     from micronet.recipe import load_recipe
     from micronet.report import stages_table
-    from micronet.run import RunOptions, read_rows, run, set_aside
+    from micronet.run import RunOptions, run
 
     plan = load_recipe(recipe, given, smoke=smoke)
     folder = out or Path("runs") / (f"{recipe.stem}-smoke" if smoke else recipe.stem)
@@ -185,7 +191,8 @@ def score(
     console.print(totals_table(result))
     rules = result.rules
     console.print(
-        f"score  = {result.params:,} params / {rules.params_norm:,.0f} + {result.ops:,.0f} ops / {rules.ops_norm:,.0f}\n"
+        f"score  = {result.params:,} params / {rules.params_norm:,.0f}"
+        f" + {result.ops:,.0f} ops / {rules.ops_norm:,.0f}\n"
         f"       = {result.score_params:.7f} + {result.score_ops:.7f} = [bold]{result.score:.7f}[/bold]",
         highlight=False,
     )
@@ -196,7 +203,9 @@ def evaluate(
     model: ModelFile,
     data: Annotated[str, typer.Option(help="digits, cifar10, cifar100, or the path of an image folder.")],
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Confusion matrix as PNG. [default: beside MODEL]")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Confusion matrix as PNG. [default: beside MODEL]")
+    ] = None,
     device: Device = None,
     factory: Factory = None,
     data_dir: DataFolder = None,
@@ -308,10 +317,7 @@ def data_show(
     from micronet.recipe import load_recipe
     from micronet.report import new_figure, save_figure
 
-    if name.endswith(".py"):
-        chosen = load_recipe(name).data()
-    else:
-        chosen = replace(by_name(name), augment=wrn_augment())
+    chosen = load_recipe(name).data() if name.endswith(".py") else replace(by_name(name), augment=wrn_augment())
     if plain:
         chosen = replace(chosen, augment=None)
     new_figure()  # sets a backend that opens no window

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from micronet.data import BatchLoader
+from micronet.data.store import progress
 from micronet.optim import top_k_hits
 
 
@@ -65,15 +66,17 @@ def evaluate(model: nn.Module, loader: BatchLoader, device: Any = "cpu") -> Eval
     model.to(device).eval()
     top1 = top5 = images = 0
     loss, confusion = 0.0, None
-    for xb, yb in loader:
-        logits = model(xb.to(device)).float()
-        labels = yb.to(device)
-        top1 += top_k_hits(logits, labels, 1)
-        top5 += top_k_hits(logits, labels, 5)
-        images += len(labels)
-        loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
-        classes = logits.shape[1]
-        pairs = torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2).view(classes, classes).cpu()
-        confusion = pairs if confusion is None else confusion + pairs
+    with progress("evaluating", len(loader.dataset)) as advance:
+        for xb, yb in loader:
+            logits = model(xb.to(device)).float()
+            labels = yb.to(device)
+            top1 += top_k_hits(logits, labels, 1)
+            top5 += top_k_hits(logits, labels, 5)
+            images += len(labels)
+            loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
+            classes = logits.shape[1]
+            pairs = torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2).cpu()
+            confusion = pairs if confusion is None else confusion + pairs
+            advance(images)
     model.train(was_training)
-    return Evaluation(images, top1, top5, loss / images, confusion)
+    return Evaluation(images, top1, top5, loss / images, confusion.view(classes, classes))

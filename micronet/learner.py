@@ -1,5 +1,6 @@
 """A `Fit` becomes a fastai Learner, and the Learner's fit."""
 
+import pickle
 import random
 import tempfile
 from dataclasses import dataclass, replace
@@ -47,7 +48,7 @@ def uses_bf16(fit: Fit, device: str) -> bool:
 def make_learner(
     fit: Fit, model: nn.Module, data: Data, *, device: str = "cpu", seed: int = 0, path: str | Path = "."
 ) -> Learner:
-    """Build the Learner of a fit: data, network, loss, optimizer, metrics, precision, average, and the recipe's callbacks.
+    """Build the Learner of a fit, with everything that the fit asks for.
 
     Args:
         fit: the stage.
@@ -125,9 +126,7 @@ def run_fit(
         checkpoint: the file to write after each epoch and to go on from; None for none.
         cbs: further callbacks, such as a logger.
     """
-    state = None
-    if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    state = _read_checkpoint(checkpoint)
     history = History()
     table = Table(history, console)
     best = KeepBest() if fit.keep == "best" and fit.epochs else None
@@ -150,6 +149,15 @@ def run_fit(
         table.close()
     lrs = [float(lr) for lr in learn.recorder.lrs]
     return FitResult(history.rows, lrs, best.best_epoch if best else None, history.diverged)
+
+
+def _read_checkpoint(file: Path | None) -> dict[str, Any] | None:
+    if file is None or not file.exists():
+        return None
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise MicronetError(f"{file}: damaged checkpoint; delete it to begin this stage anew") from error
 
 
 def find_lr(

@@ -8,7 +8,7 @@ import traceback
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from micronet.data import Data
+
+
+def _makes(cb: Any) -> bool:
+    # A callback is callable, too, but one that two fits share leaks its state.
+    return isinstance(cb, type) or (callable(cb) and not hasattr(cb, "learn"))
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,8 @@ class Fit:
     name: str
     epochs: int
     lr: float = 0.1
-    schedule: Schedule | OneCycle = OneCycle()
-    opt: OptFunc = sgd()
+    schedule: Schedule | OneCycle = field(default_factory=OneCycle)
+    opt: OptFunc = field(default_factory=sgd)
     wd: float = 5e-4
     wd_bn_bias: bool = True
     batch_size: int | None = None
@@ -82,7 +87,7 @@ class Fit:
             ("ema", self.ema is None or 0 < self.ema < 1, "a fraction in (0, 1), or None"),
             ("early_stop", self.early_stop is None or self.early_stop >= 1, "at least 1 epoch, or None"),
             ("keep", self.keep in ("best", "last"), '"best" or "last"'),
-            ("cbs", all(callable(cb) for cb in self.cbs), "makers of callbacks, such as partial(MixUp, 0.4)"),
+            ("cbs", all(map(_makes, self.cbs)), "makers of callbacks, such as partial(MixUp, 0.4), not callbacks"),
         ]
         for name, right, allowed in ranges:
             if not right:

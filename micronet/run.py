@@ -1,10 +1,8 @@
 """Running a recipe in a folder: stages in order, resumed where they were left, a measured row for each."""
 
-import fcntl
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from micronet.bundle import Bundle
 from micronet.data import Data, plain_loader
 from micronet.errors import MicronetError
 from micronet.evaluate import evaluate
+from micronet.folder import copy_file, locked, read_rows
 from micronet.learner import FitResult, make_learner, pick_device, run_fit, seed_all, uses_bf16
 from micronet.machine import git_state, hardware, versions
 from micronet.recipe import Fit, Recipe, describe
@@ -79,7 +78,9 @@ def run(
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, folder: Path, options: RunOptions, source: Path | None, console: Console) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Path, options: RunOptions, source: Path | None, console: Console
+    ) -> None:
         self.recipe, self.folder, self.options, self.console = recipe, folder, options, console
         self.source = source
         self.device = pick_device(options.device)
@@ -88,7 +89,7 @@ class _Run:
     def run(self) -> Bundle:
         resolved = {"recipe": describe(self.recipe), "seed": self.options.seed, "limit": self.options.images}
         self._make_folder()
-        with _locked(self.folder):
+        with locked(self.folder):
             record = self._open(resolved)
             data = self.recipe.data()
             if self.options.images is not None:
@@ -98,7 +99,7 @@ class _Run:
             for index in range(len(self.recipe.stages)):
                 previous = self._stage(index, data, previous, record)
             write_csv([flat(row) for row in read_rows(self.folder)], self.folder / "rows.csv")
-            _copy(previous / "model.pth", self.folder / "model.pth")
+            copy_file(previous / "model.pth", self.folder / "model.pth")
             return self._load(previous)
 
     def _place(self, index: int) -> Path:
@@ -124,7 +125,11 @@ class _Run:
             "git": git_state(self.source.parent if self.source else Path.cwd()),
         }
         if file.exists():
-            return self._compare(json.loads(file.read_text()), now)
+            try:
+                then = json.loads(file.read_text())
+            except ValueError as error:
+                raise MicronetError(f"{file}: damaged ({error}); start over with --fresh") from error
+            return self._compare(then, now)
         if self.source:
             shutil.copyfile(self.source, self.folder / "recipe.py")
         write_text(json.dumps(now, indent=1) + "\n", file)
@@ -136,12 +141,14 @@ class _Run:
         if differing:
             key = differing[0]
             raise MicronetError(
-                f"{self.folder}: holds a run of other values ({key.rstrip('_')} was {old.get(key)!r}, is {new.get(key)!r}): "
-                "choose another folder with -o, or start over with --fresh"
+                f"{self.folder}: holds a run of other values ({key.rstrip('_')} was {old.get(key)!r}, is "
+                f"{new.get(key)!r}): choose another folder with -o, or start over with --fresh"
             )
         threads = then["hardware"]["threads"]
         if threads != torch.get_num_threads():
-            self.console.print(f"using {threads} threads, as the run began with: other numbers of threads round otherwise")
+            self.console.print(
+                f"using {threads} threads, as the run began with: other numbers of threads round otherwise"
+            )
             torch.set_num_threads(threads)
             now["hardware"]["threads"] = threads
         old, new = (flat({"hardware": part["hardware"], "versions": part["versions"]}) for part in (then, now))
@@ -177,8 +184,8 @@ class _Run:
         if result.diverged is not None:
             (place / "checkpoint.pth").unlink(missing_ok=True)
             raise MicronetError(
-                f"{place}: the training loss was no longer finite in epoch {result.diverged + 1}: lower the learning rate "
-                f"(lr={fit.lr}) or clip the gradient (grad_clip), then start over with --fresh"
+                f"{place}: the training loss was no longer finite in epoch {result.diverged + 1}: lower the "
+                f"learning rate (lr={fit.lr}) or clip the gradient (grad_clip), then start over with --fresh"
             )
         self._measure(index, learn.model, data, result, record)
         return place
@@ -201,9 +208,7 @@ class _Run:
             highlight=False,
         )
 
-    def _measure(
-        self, index: int, model: nn.Module, data: Data, result: FitResult, record: dict[str, Any]
-    ) -> None:
+    def _measure(self, index: int, model: nn.Module, data: Data, result: FitResult, record: dict[str, Any]) -> None:
         """Write the stage's files; row.json comes last and marks the stage as done."""
         fit, place = self.recipe.stages[index], self._place(index)
         model.to("cpu", memory_format=torch.contiguous_format).eval()
@@ -244,16 +249,6 @@ class _Run:
         (place / "checkpoint.pth").unlink(missing_ok=True)
 
 
-def read_rows(folder: str | Path) -> list[dict[str, Any]]:
-    """Read the rows of the stages that are done, in order.
-
-    Args:
-        folder: a run folder.
-    """
-    places = sorted(Path(folder).glob("*-*/row.json"), key=lambda place: int(place.parent.name.partition("-")[0]))
-    return [json.loads(place.read_text()) for place in places]
-
-
 def _listed(value: Any) -> Any:
     """Turn lists into dicts by position, so that `flat` names their items."""
     if isinstance(value, dict):
@@ -267,47 +262,7 @@ def _tensorboard(place: Path) -> tuple[Callback, ...]:
     try:
         from fastai.callback.tensorboard import TensorBoardCallback
     except ImportError as error:
-        raise MicronetError(f"--tensorboard needs the package tensorboard: pip install tensorboard ({error})") from error
+        raise MicronetError(
+            f"--tensorboard needs the package tensorboard: pip install tensorboard ({error})"
+        ) from error
     return (TensorBoardCallback(log_dir=place / "tensorboard", trace_model=False, log_preds=False),)
-
-
-def _copy(source: Path, target: Path) -> None:
-    beside = target.with_name(f".{target.name}.tmp")
-    shutil.copyfile(source, beside)
-    beside.replace(target)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder; the lock goes with the process, however it ends."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise MicronetError(f"{folder}: another micronet works in this folder; wait for it") from error
-        yield
-
-
-def set_aside(folder: str | Path) -> Path | None:
-    """Move a run folder away for a fresh start; nothing is deleted.
-
-    Args:
-        folder: a run folder, or none.
-
-    Returns:
-        Where it went, `<folder>.1` or the next free number; None where there was none.
-
-    Raises:
-        MicronetError: the folder holds something that is not a run.
-    """
-    folder = Path(folder)
-    if not folder.exists():
-        return None
-    if not (folder / "run.json").exists() and any(folder.iterdir()):
-        raise MicronetError(f"{folder}: not a run folder (it has no run.json), so --fresh leaves it alone")
-    number = 1
-    while (target := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    with _locked(folder):
-        folder.rename(target)
-    return target

@@ -4,8 +4,8 @@ Result: not run yet.
 Cost: not measured yet.
 Run: micronet fit recipes/wrn_cifar100.py
      micronet fit recipes/wrn_cifar100.py -s epochs=30 -o runs/wrn_short
-Source: a MicroNet Challenge entry on fastai: 600 epochs, over 80 % top-1, 9,693,108 parameters, score 0.46343. Crop with
-    reflection, flip, symmetric warp, rotation 10 degrees, zoom, brightness, contrast; mixup; one-cycle.
+Source: a MicroNet Challenge entry on fastai: 600 epochs, over 80 % top-1, 9,693,108 parameters, score 0.46343. Crop
+    with reflection, flip, symmetric warp, rotation 10 degrees, zoom, brightness, contrast; mixup; one-cycle.
 """
 
 from functools import partial
@@ -19,7 +19,13 @@ from micronet.models import wide_resnet
 
 
 def recipe(
-    *, epochs: int = 200, lr: float = 0.4, batch_size: int = 256, mixup: float = 0.4, valid: float = 0.1, smoke: bool = False
+    *,
+    epochs: int = 200,
+    lr: float = 0.4,
+    batch_size: int = 256,
+    mixup: float = 0.4,
+    valid: float = 0.1,
+    smoke: bool = False,
 ) -> Recipe:
     """Train the WRN-22-6; later stages compress it.
 

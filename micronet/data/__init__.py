@@ -6,10 +6,10 @@ from micronet.data.loader import BatchLoader as BatchLoader
 from micronet.data.loader import loaders as loaders
 from micronet.data.loader import plain_loader as plain_loader
 from micronet.data.named import by_name as by_name
-from micronet.data.sources import Data as Data
-from micronet.data.sources import ImageSet as ImageSet
 from micronet.data.sources import cifar10 as cifar10
 from micronet.data.sources import cifar100 as cifar100
 from micronet.data.sources import digits as digits
 from micronet.data.sources import fetch as fetch
 from micronet.data.sources import image_folder as image_folder
+from micronet.data.splits import Data as Data
+from micronet.data.splits import ImageSet as ImageSet

@@ -23,9 +23,11 @@ class Augment:
         flip: probability of a horizontal flip, in [0, 1].
         zoom: largest magnification about the centre, at least 1; drawn log-uniformly in [1, zoom].
         rotate: largest rotation, degrees each way, in [0, 180].
-        warp: largest symmetric warp (a tilt about each axis), in [0, 1): one edge grows by that share, the other shrinks.
+        warp: largest symmetric warp (a tilt about each axis), in [0, 1): one edge grows by that share, the other
+            shrinks.
         brightness: largest shift of brightness, in [0, 1], as a fraction of full scale.
-        contrast: largest change of contrast, in [0, 1): a factor drawn log-uniformly in [1 - contrast, 1 / (1 - contrast)].
+        contrast: largest change of contrast, in [0, 1): a factor drawn log-uniformly in [1 - contrast, 1 / (1 -
+            contrast)].
         share: share of the images that get each of zoom, rotation, warp, brightness and contrast, in [0, 1].
         cutout: side in pixels of a square set to the mean colour, its centre anywhere in the image; 0 for none.
 
@@ -33,8 +35,8 @@ class Augment:
         ValueError: an argument is out of its range.
 
     Source: ranges and `share` of fastai's `get_transforms` (rotation 10 degrees, zoom 1.1, warp 0.2, lighting 0.2,
-    p_affine = p_lighting = 0.75). fastai changes lighting in logit space; this is its tangent at mid-grey, clipped to the
-    range of a pixel, so its lighting 0.2 is brightness 0.1 and contrast 0.2 here. Cutout: DeVries and Taylor 2017.
+    p_affine = p_lighting = 0.75). fastai changes lighting in logit space; this is its tangent at mid-grey, clipped to
+    the range of a pixel, so its lighting 0.2 is brightness 0.1 and contrast 0.2 here. Cutout: DeVries and Taylor 2017.
     """
 
     crop: int = 0
@@ -77,11 +79,13 @@ class Augment:
 
 
 def wrn_augment() -> Augment:
-    """The six augmentations of the fastai WRN-22-6 entry: crop with reflection, flip, warp, rotation, zoom, lighting."""
+    """Give the fastai WRN-22-6 entry's: crop with reflection, flip, warp, rotation, zoom, brightness and contrast."""
     return Augment(crop=4, flip=0.5, zoom=1.1, rotate=10.0, warp=0.2, brightness=0.1, contrast=0.2)
 
 
-def gather(padded: Tensor, indices: Tensor, top: Tensor, left: Tensor, flipped: Tensor, size: tuple[int, int]) -> Tensor:
+def gather(
+    padded: Tensor, indices: Tensor, top: Tensor, left: Tensor, flipped: Tensor, size: tuple[int, int]
+) -> Tensor:
     """Cut a window out of each chosen image, mirrored where asked.
 
     Args:
@@ -141,8 +145,8 @@ def homographies(augment: Augment, count: int, size: tuple[int, int], generator:
     sine, cosine, aspect = torch.sin(angle), torch.cos(angle), (height - 1) / (width - 1)
     scale = matrix(mirror * shrink, zero, zero, zero, shrink, zero, zero, zero, one)
     turn = matrix(cosine, -sine * aspect, zero, sine / aspect, cosine, zero, zero, zero, one)
-    # x -> (x + m) / (1 + m x) leaves the borders x = -1 and 1 where they are; y -> y (1 - m^2) / (1 + m x) makes the left
-    # border 1 + m and the right one 1 - m times as long.
+    # x -> (x + m) / (1 + m x) leaves the borders x = -1 and 1 where they are; y -> y (1 - m^2) / (1 + m x) makes the
+    # left border 1 + m and the right one 1 - m times as long.
     lean_x = matrix(one, zero, tilt_x, zero, 1 - tilt_x**2, zero, tilt_x, zero, one)
     lean_y = matrix(1 - tilt_y**2, zero, zero, zero, one, tilt_y, zero, tilt_y, one)
     return move @ scale @ turn @ lean_x @ lean_y
@@ -162,7 +166,9 @@ def resample(images: Tensor, matrices: Tensor, pad: str) -> Tensor:
     _, height, width, _ = images.shape
     xs = torch.linspace(-1, 1, width, device=images.device)
     ys = torch.linspace(-1, 1, height, device=images.device)
-    corners = torch.stack([xs.expand(height, width), ys[:, None].expand(height, width), torch.ones_like(xs.expand(height, width))], -1)
+    corners = torch.stack(
+        [xs.expand(height, width), ys[:, None].expand(height, width), torch.ones_like(xs.expand(height, width))], -1
+    )
     moved = corners.view(1, -1, 3) @ matrices.transpose(1, 2)
     grid = (moved[..., :2] / moved[..., 2:]).view(-1, height, width, 2)
     mode = "reflection" if pad == "reflect" else "zeros"

@@ -10,14 +10,14 @@ from fastai.data.load import DataLoader
 from torch import Tensor
 
 from micronet.data.augment import Augment, augment_batch, cutout, gather
-from micronet.data.sources import Data, ImageSet
+from micronet.data.splits import Data, ImageSet
 
 
 class BatchLoader(DataLoader):
     """Batches `(images, labels)`: float32 (B, 3, H, W) in channels_last memory, normalised, and int64 (B,).
 
-    The order and the augmentation of a shuffled pass depend on `seed` and `epoch` alone, and each such pass moves `epoch`
-    on by one: a resumed training sets `epoch` and sees the batches that it would have seen.
+    The order and the augmentation of a shuffled pass depend on `seed` and `epoch` alone, and each such pass moves
+    `epoch` on by one: a resumed training sets `epoch` and sees the batches that it would have seen.
 
     Args:
         dataset: the images.
@@ -63,11 +63,11 @@ class BatchLoader(DataLoader):
         return torch.randperm(self.n, generator=self._generator("cpu", stream=0)).tolist()
 
     def _generator(self, device: Any, stream: int) -> torch.Generator:
-        # Order (stream 0) and augmentation (stream 1) draw apart: 2^24 passes of each before a seed meets the next one's.
+        # Order (stream 0) and augmentation (stream 1) draw apart, for 2^24 passes before a seed meets the next seed's.
         return torch.Generator(device).manual_seed(2 * ((self.seed << 24) + self.epoch) + stream)
 
     def _pixels(self) -> Tensor:
-        """The whole set on the device, uint8 (N, H + 2 crop, W + 2 crop, 3): padded and moved once, at the first batch."""
+        """The whole set on the device, uint8 (N, H + 2 crop, W + 2 crop, 3): padded and moved once."""
         device = torch.device(self.device)
         if self._store is None or self._store.device != device:
             pixels = self.dataset.images.permute(0, 2, 3, 1)

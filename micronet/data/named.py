@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from micronet.data.sources import Data, cifar10, cifar100, digits, image_folder
+from micronet.data.sources import cifar10, cifar100, digits, image_folder
+from micronet.data.splits import Data
 from micronet.errors import MicronetError
 
 

@@ -13,35 +13,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 
+from micronet.data.decode import Entry, decode
 from micronet.errors import MicronetError
 
 FORMAT = 1  # of a cache folder; another number makes every cache be built anew
 SPLITS = ("train", "valid", "test")
 THREADED_BYTES = 16_384  # mean file size from which threads pay: two made 32x32 images 1.4 times slower
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One image that waits to be decoded.
-
-    Args:
-        split: "train", "valid" or "test".
-        label: name of its class.
-        name: where it is, for messages and for the order within a class.
-        data: the file's bytes, or the path to read them from.
-    """
-
-    split: str
-    label: str
-    name: str
-    data: bytes | Path
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +58,7 @@ def cache_home() -> Path:
 
 @contextmanager
 def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Yields a function to call with the amount done; a bar on stderr appears after the first second.
+    """Yield a function to call with the amount done; a bar on stderr appears after the first second.
 
     Args:
         what: the words in front of the bar.
@@ -104,53 +86,6 @@ def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
             bar.stop()
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Grey, palette, 16-bit or transparent to RGB; what shows through is white.
-
-    Args:
-        image: as Pillow opened it.
-
-    Raises:
-        ValueError: the pixels have no known full scale (32-bit integers, floats).
-    """
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip at 255 instead of scaling
-        pixels = np.asarray(image).astype(np.int64)
-        if pixels.min() < 0 or pixels.max() > 65_535:
-            raise ValueError("32-bit pixels have no known full scale")
-        return Image.fromarray((pixels // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("float pixels have no known full scale")
-    if image.has_transparency_data:
-        front = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", front.size, "white"), front).convert("RGB")
-    return image.convert("RGB")
-
-
-def decode(entry: Entry, size: int, exact: bool) -> np.ndarray:
-    """The pixels of one image, uint8 `(size, size, 3)`.
-
-    Args:
-        entry: the image.
-        size: side in pixels; the short side is scaled to it and the long one cropped at its centre.
-        exact: refuse any other size instead.
-
-    Raises:
-        MicronetError: the file is no image that can be read.
-    """
-    try:
-        with Image.open(BytesIO(entry.data) if isinstance(entry.data, bytes) else entry.data) as image:
-            if image.size != (size, size):
-                if exact:
-                    raise ValueError(f"it is {image.size[0]}x{image.size[1]} pixels, not {size}x{size}")
-                image = ImageOps.fit(to_rgb(ImageOps.exif_transpose(image)), (size, size), Image.Resampling.BILINEAR)
-            else:
-                image = to_rgb(ImageOps.exif_transpose(image))
-            return np.asarray(image)
-    except Exception as error:  # a damaged file makes Pillow raise nearly anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MicronetError(f"{entry.name} cannot be read as an image ({reason}): mend or remove it") from error
-
-
 def moments(images: np.ndarray) -> tuple[list[float], list[float]]:
     """Mean and population standard deviation of each channel, as fractions of full scale.
 
@@ -170,7 +105,7 @@ def moments(images: np.ndarray) -> tuple[list[float], list[float]]:
 def ensure(
     name: str, fingerprint: str, find: Callable[[], tuple[list[Entry], dict]], *, size: int, exact: bool = False
 ) -> Stored:
-    """Opens a cache, building it first when it is missing, damaged or of something else.
+    """Open a cache, building it first when it is missing, damaged or of something else.
 
     Args:
         name: of the cache folder, unique for the data set.
@@ -233,7 +168,7 @@ def open_cache(folder: Path, fingerprint: str, size: int) -> Stored | None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Holds the lock of one cache; the system drops it when the process ends, however it ends."""
+    """Hold the lock of one cache; the system drops it when the process ends, however it ends."""
     try:
         import fcntl
     except ImportError:  # no such locks on this system: two builders both work, and the second rename wins
@@ -252,7 +187,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _build(folder: Path, fingerprint: str, entries: list[Entry], source: dict, *, size: int, exact: bool) -> None:
-    """Decodes into a temporary sibling, then renames it to `folder`; nothing is left of an interrupted one."""
+    """Decode into a temporary sibling, then rename it to `folder`; nothing is left of an interrupted one."""
     for stale in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a killed process; the lock is ours
         shutil.rmtree(stale, ignore_errors=True)
     needed, free = len(entries) * size * size * 3, shutil.disk_usage(folder.parent).free
@@ -321,7 +256,7 @@ def _decode_all(entries: list[Entry], images: np.ndarray, exact: bool) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Makes sure that a file or folder is on the disk before a rename says so."""
+    """Make sure that a file or folder is on the disk before a rename says so."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

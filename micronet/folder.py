@@ -1,0 +1,64 @@
+"""Run folders: one process at a time, nothing overwritten, nothing half written."""
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from micronet.errors import MicronetError
+
+
+def read_rows(folder: str | Path) -> list[dict[str, Any]]:
+    """Read the rows of the stages that are done, in order.
+
+    Args:
+        folder: a run folder.
+    """
+    places = sorted(Path(folder).glob("*-*/row.json"), key=lambda place: int(place.parent.name.partition("-")[0]))
+    return [json.loads(place.read_text()) for place in places]
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file beside its place and rename it, so that it is whole or absent."""
+    beside = target.with_name(f".{target.name}.tmp")
+    shutil.copyfile(source, beside)
+    beside.replace(target)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder; the lock goes with the process, however it ends."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise MicronetError(f"{folder}: another micronet works in this folder; wait for it") from error
+        yield
+
+
+def set_aside(folder: str | Path) -> Path | None:
+    """Move a run folder away for a fresh start; nothing is deleted.
+
+    Args:
+        folder: a run folder, or none.
+
+    Returns:
+        Where it went, `<folder>.1` or the next free number; None where there was none.
+
+    Raises:
+        MicronetError: the folder holds something that is not a run.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        return None
+    if not (folder / "run.json").exists() and any(folder.iterdir()):
+        raise MicronetError(f"{folder}: not a run folder (it has no run.json), so --fresh leaves it alone")
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    with locked(folder):
+        folder.rename(target)
+    return target

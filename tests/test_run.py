@@ -1,0 +1,265 @@
+"""A run folder: resumed bit for bit after SIGKILL, refused where it is another run's, whole at any moment."""
+
+import importlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.mixup import CutMix, MixUp
+from rich.console import Console
+
+import micronet.models as networks
+from callbacks.op_counter import OpCounter
+from callbacks.schedule import Cosine, MultiStep, OneCycle
+from micronet import Fit, MicronetError, Recipe, RunOptions, adam, adamw, load, run, sgd
+from micronet.data import Augment, digits
+from micronet.folder import read_rows, set_aside
+
+SMALL = partial(networks.separable_net, width_multiplier=0.25)
+ROOT = Path(__file__).parent.parent
+
+
+def recipe(*stages: Fit, model=SMALL) -> Recipe:
+    return Recipe(data=partial(digits, batch_size=32, augment=Augment(crop=2)), model=model, stages=stages)
+
+
+def weights(path: Path) -> torch.Tensor:
+    return torch.cat([value.flatten().double() for value in load(path).model.state_dict().values()])
+
+
+class StopAt(Callback):
+    """Stands in for a crash: raises in the middle of an epoch."""
+
+    order = 11
+
+    def __init__(self, epoch: int, batch: int) -> None:
+        super().__init__()
+        self.place = (epoch, batch)
+
+    def after_pred(self) -> None:
+        if (self.learn.epoch, self.learn.iter) == self.place:
+            raise KeyboardInterrupt
+
+
+WAYS = {
+    "one-cycle, mixup, average": {"schedule": OneCycle(), "ema": 0.9, "cbs": (partial(MixUp, 0.4),)},
+    "cosine, adamw, cutmix, clipping": {"schedule": Cosine(warmup=0.2), "opt": adamw(), "lr": 1e-3, "cbs": (CutMix,)}
+    | {"grad_clip": 1.0, "wd_bn_bias": False},
+    "steps, adam, last": {"schedule": MultiStep(), "opt": adam(), "lr": 1e-3, "keep": "last", "label_smoothing": 0.1},
+    "early stopping": {"schedule": MultiStep(milestones=(0.25, 0.5)), "early_stop": 2, "bf16": False},
+    "score column": {"schedule": OneCycle(), "cbs": (OpCounter,), "lr": 0.02},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_interrupted_fit_goes_on_to_the_same_bits(way, tmp_path, monkeypatch):
+    arguments = {"epochs": 4, "lr": 0.05, "opt": sgd()} | WAYS[way]
+    options = RunOptions(limit=96, seed=3)
+    run(recipe(Fit("train", **arguments)), tmp_path / "whole", options)
+    module = importlib.import_module("micronet.run")  # "import micronet.run as module" gives the function
+    plain = module.run_fit
+
+    def interrupted(*args, cbs=(), **kwargs):
+        return plain(*args, cbs=(*cbs, StopAt(2, 1)), **kwargs)
+
+    monkeypatch.setattr(module, "run_fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe(Fit("train", **arguments)), tmp_path / "parts", options)
+    monkeypatch.setattr(module, "run_fit", plain)
+    assert (tmp_path / "parts" / "1-train" / "checkpoint.pth").exists()
+    torch.rand(7)  # what another process would have drawn
+    run(recipe(Fit("train", **arguments)), tmp_path / "parts", options)
+    assert torch.equal(weights(tmp_path / "whole" / "model.pth"), weights(tmp_path / "parts" / "model.pth"))
+    rows = [read_rows(tmp_path / name)[0] for name in ("whole", "parts")]
+    for row in rows:
+        row.pop("seconds")
+        row.pop("file_bytes")
+    assert rows[0] == rows[1]
+    histories = [(tmp_path / name / "1-train" / "history.csv").read_text().splitlines() for name in ("whole", "parts")]
+    assert [line.rpartition(",")[0] for line in histories[0]] == [line.rpartition(",")[0] for line in histories[1]]
+
+
+def test_sigkill_in_the_middle_of_a_real_run(tmp_path):
+    """The command itself, killed once between two checkpoints, against one that was left alone."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-W", "ignore", "-m", "micronet", "fit", str(ROOT / "recipes" / "quickstart.py")]
+    command += ["-s", "epochs=5", "--limit", "600", "-o"]
+    process = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment, stdout=subprocess.DEVNULL)
+    checkpoint = tmp_path / "killed" / "1-train" / "checkpoint.pth"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert checkpoint.exists()
+    assert not (tmp_path / "killed" / "model.pth").exists()
+    for name in ("killed", "whole"):
+        done = subprocess.run(
+            [*command, str(tmp_path / name)], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    assert torch.equal(weights(tmp_path / "killed" / "model.pth"), weights(tmp_path / "whole" / "model.pth"))
+
+
+def test_stages_follow_each_other_and_a_second_run_changes_nothing(tmp_path):
+    stages = (Fit("first", epochs=1, lr=0.05), Fit("second", epochs=1, lr=0.01, batch_size=16))
+    folder = tmp_path / "run"
+    bundle = run(recipe(*stages), folder, RunOptions(limit=64))
+    assert [row["stage"] for row in bundle.history] == ["first", "second"]
+    assert "test" in bundle.history[1]
+    assert "test" not in bundle.history[0]  # the test split is measured once
+    for name in ("run.json", "rows.csv", "model.pth", "1-first/model.pth", "1-first/history.csv", "1-first/row.json"):
+        assert (folder / name).stat().st_size > 0
+    for name in ("1-first/curves.png", "2-second/lr.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    assert not list(folder.rglob("checkpoint.pth"))
+    assert not list(folder.rglob("*.tmp"))
+    times = {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.parent != folder}
+    run(recipe(*stages), folder, RunOptions(limit=64))
+    assert times == {file: file.stat().st_mtime_ns for file in folder.rglob("*") if file.parent != folder}
+
+
+def test_a_row_is_measured_on_the_file_it_stands_beside(tmp_path):
+    from micronet import evaluate
+    from micronet.data import plain_loader
+
+    run(recipe(Fit("train", epochs=2, lr=0.05)), tmp_path / "run")
+    row = read_rows(tmp_path / "run")[0]
+    data = digits(batch_size=32)
+    model = load(tmp_path / "run" / "model.pth").model
+    for split, images in (("valid", data.valid), ("test", data.test)):
+        again = evaluate(model, plain_loader(images, data))
+        assert again.row() == row[split]
+    assert row["file_bytes"] == (tmp_path / "run" / "1-train" / "model.pth").stat().st_size
+    assert row["params"] == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (lambda: (recipe(Fit("train", epochs=1, lr=0.06)), RunOptions(limit=32)), r"lr was 0.05, is 0.06"),
+        (lambda: (recipe(Fit("train", epochs=1, lr=0.05)), RunOptions(limit=32, seed=1)), r"seed was 0, is 1"),
+        (lambda: (recipe(Fit("train", epochs=1, lr=0.05)), RunOptions(limit=33)), r"limit was 32, is 33"),
+        (
+            lambda: (recipe(Fit("train", epochs=1, lr=0.05), model=networks.resnet20), RunOptions(limit=32)),
+            r"recipe_model",
+        ),
+    ],
+)
+def test_another_recipes_folder_is_refused_and_left_alone(other, says, tmp_path):
+    run(recipe(Fit("train", epochs=1, lr=0.05)), tmp_path / "run", RunOptions(limit=32))
+    before = (tmp_path / "run" / "model.pth").read_bytes()
+    with pytest.raises(MicronetError, match=says):
+        run(*(lambda pair: (pair[0], tmp_path / "run", pair[1]))(other()))
+    assert (tmp_path / "run" / "model.pth").read_bytes() == before
+
+
+def test_equal_values_from_another_text_go_on(tmp_path):
+    stage = Fit("train", epochs=1, lr=0.05)
+    run(recipe(stage), tmp_path / "run", RunOptions(limit=32))
+    run(recipe(Fit(name="train", lr=5e-2, epochs=1)), tmp_path / "run", RunOptions(limit=32))
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(MicronetError, match="not empty and not a run folder"):
+        run(recipe(Fit("train", epochs=1)), tmp_path, RunOptions(limit=32))
+    with pytest.raises(MicronetError, match="leaves it alone"):
+        set_aside(tmp_path)
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_fresh_moves_the_earlier_run_and_deletes_nothing(tmp_path):
+    for expected in ("run.1", "run.2"):
+        run(recipe(Fit("train", epochs=0)), tmp_path / "run", RunOptions(limit=32))
+        assert set_aside(tmp_path / "run").name == expected
+    assert (tmp_path / "run.1" / "model.pth").exists()
+    assert set_aside(tmp_path / "run") is None
+
+
+def test_two_commands_on_one_folder(tmp_path):
+    import fcntl
+
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(MicronetError, match="another micronet works in this folder"):
+            run(recipe(Fit("train", epochs=1)), folder, RunOptions(limit=32))
+
+
+def test_a_loss_that_explodes_is_said(tmp_path):
+    with pytest.raises(MicronetError, match="no longer finite in epoch 1: lower the learning rate"):
+        run(recipe(Fit("train", epochs=2, lr=1e18, schedule=Cosine())), tmp_path / "run", RunOptions(limit=320))
+    assert not (tmp_path / "run" / "model.pth").exists()
+
+
+def test_the_recorded_number_of_threads_is_used_again(tmp_path):
+    stage = Fit("train", epochs=0)
+    threads = torch.get_num_threads()
+    run(recipe(stage), tmp_path / "run", RunOptions(limit=32))
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    record["hardware"]["threads"] = threads + 1
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    console = Console(record=True, file=io.StringIO(), width=200)
+    try:
+        run(recipe(stage), tmp_path / "run", RunOptions(limit=32), console=console)
+        assert torch.get_num_threads() == threads + 1
+        assert f"using {threads + 1} threads, as the run began with" in console.export_text()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_weight_decay_spares_batchnorm_and_biases_where_asked():
+    from micronet.learner import make_learner
+
+    data = digits(batch_size=32).limit(64)
+    for spare, expected in ((True, [5e-4]), (False, [5e-4, 0.0])):
+        fit = Fit("train", epochs=1, lr=1e-9, wd=5e-4, wd_bn_bias=spare, bf16=False)
+        learn = make_learner(fit, SMALL(num_classes=10), data)
+        from micronet.learner import run_fit
+
+        run_fit(learn, fit, Console(quiet=True))
+        groups = learn.opt.opt.param_groups
+        assert [group["weight_decay"] for group in groups] == expected
+        assert sum(len(group["params"]) for group in groups) == len(list(learn.model.parameters()))
+    assert all(p.dim() <= 1 for p in groups[1]["params"])
+
+
+def test_one_cycle_is_fastais_and_others_follow_their_schedule():
+    from micronet.learner import make_learner, run_fit
+
+    data = digits(batch_size=32).limit(128)
+    steps = len(data.train) // 32
+    for schedule in (OneCycle(div=10, div_final=100, pct_start=0.5), MultiStep(milestones=(0.5,), gamma=0.1)):
+        fit = Fit("train", epochs=4, lr=0.1, schedule=schedule, bf16=False)
+        learn = make_learner(fit, SMALL(num_classes=10), data)
+        rates = run_fit(learn, fit, Console(quiet=True)).lrs
+        assert len(rates) == 4 * steps
+        if isinstance(schedule, OneCycle):
+            assert rates[0] == pytest.approx(0.01)
+            assert max(rates) == pytest.approx(0.1, rel=0.1)
+            assert rates[-1] < 0.1 * 0.2
+        else:
+            assert rates == pytest.approx([0.1] * 2 * steps + [0.01] * 2 * steps)
+
+
+@pytest.mark.parametrize("name", networks.__all__)
+def test_every_family_fits_a_few_steps_on_digits(name, tmp_path):
+    build = getattr(networks, name)
+    smaller = {"wide_resnet": {"depth": 10, "width": 1}, "densenet121": {"growth": 4}}
+    smaller |= {"resnet18": {"width": 16}, "resnet34": {"width": 8}, "separable_net": {"width_multiplier": 0.5}}
+    network = partial(build, **smaller.get(name, {}))
+    bundle = run(recipe(Fit("train", epochs=1, lr=0.01, batch_size=16), model=network), tmp_path, RunOptions(limit=48))
+    assert bundle.kwargs["num_classes"] == 10
+    assert 0 <= bundle.history[0]["valid"]["top1"] <= 1
+    assert torch.isfinite(weights(tmp_path / "model.pth")).all()
