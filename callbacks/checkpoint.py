@@ -7,10 +7,9 @@ When: every fit longer than you would want to repeat.
 Cost: one file of about four times the weights (weights, optimizer, average, best), written once an epoch.
 Interactions: a callback with `state_dict` and `load_state_dict` of its own is saved and restored, too (`EMA`,
 `KeepBest`, `EarlyStop`). Equal bits need the same CPU, versions and number of threads.
-Source: fastai's Learner and its events; the file is written beside and renamed, so that it is whole or absent.
+Source: fastai's Learner and its events; `saving.py` writes the file so that it is whole or absent.
 """
 
-import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,39 +21,7 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Learner
 from torch import Tensor
 
-
-def plain(value: Any) -> Any:
-    """Turn nested containers and numbers into dicts, lists, tuples, Python numbers and tensors, and nothing else."""
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(value.copy())
-    if isinstance(value, tuple):
-        return tuple(plain(item) for item in value)
-    if isinstance(value, list) or type(value).__name__ == "L":  # fastcore's list
-        return [plain(item) for item in value]
-    return value
-
-
-def write_atomically(value: Any, path: str | Path) -> None:
-    """Save with `torch.save` beside the path, then rename: whoever looks finds the old file or the new one, whole.
-
-    Args:
-        value: tensors and plain containers.
-        path: the file; its folder must exist.
-    """
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            torch.save(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+from callbacks.saving import plain, write_atomically
 
 
 def random_state() -> dict[str, Any]:

@@ -93,8 +93,10 @@ class EMA(Callback):
         return {"average": self._average, "steps": self._steps}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Go on from a checkpoint."""
-        self._average, self._steps = state["average"], state["steps"]
+        """Go on from a checkpoint, which may have been read to another device than the network's."""
+        current = self._module.state_dict()
+        self._average = {name: value.to(current[name].device) for name, value in state["average"].items()}
+        self._steps = state["steps"]
 
     def _restore(self) -> None:
         if self._trained is not None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from callbacks.checkpoint import plain, write_atomically
+from callbacks.saving import plain, write_atomically
 from micronet.errors import MicronetError
 
 FORMAT = "micronet"

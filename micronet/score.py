@@ -1,4 +1,4 @@
-"""Whose rules turn the lines of `callbacks/op_counter.py` into a score, and the score with all that it sums up."""
+"""Whose rules turn the lines of `callbacks/op_trace.py` into a score, and the score with all that it sums up."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from callbacks.op_counter import (
+from callbacks.op_trace import (
     CIFAR100_OPS,
     CIFAR100_PARAMS,
     SEED_ADD_WEIGHT,

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +18,8 @@ from torch import nn
 from torchvision import models
 
 from callbacks import op_counter
-from callbacks.op_counter import OpCounter, count_ops, seed_score, total_params
+from callbacks.op_counter import OpCounter
+from callbacks.op_trace import count_ops, seed_score, total_params
 from micronet.bundle import Bundle, describe_factory, save
 from micronet.errors import MicronetError
 from micronet.models import preact_resnet18, resnet18, resnet20, wide_resnet
@@ -130,6 +133,11 @@ def test_a_network_that_cannot_run_on_such_an_image_is_the_users_to_mend():
     for size, said in (((1, 8, 8), "Sequential.*1, 8, 8.*channels"), ((3, 8, -8), "input_size must be positive")):
         with pytest.raises(MicronetError, match=said):
             score(small_net(), input_size=size)
+
+
+def test_scoring_a_file_does_not_import_fastai():  # which takes longer than the scoring
+    code = "import micronet.bundle, micronet.score, sys; assert 'fastai' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=True)
 
 
 def learner(*cbs, metrics=()):

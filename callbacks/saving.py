@@ -1,0 +1,49 @@
+"""Files that hold nothing but tensors and plain containers, and that are whole or absent.
+
+`plain` makes such content of what optimizers and callbacks keep, so that `torch.load(weights_only=True)` reads it and
+no code of the file's runs; `write_atomically` writes it, so that a kill in the middle leaves the old file.
+
+Source: Python's documentation of `os.replace`: the renaming is atomic, as POSIX demands, within one file system.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def plain(value: Any) -> Any:
+    """Turn nested containers and numbers into dicts, lists, tuples, Python numbers and tensors, and nothing else."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, tuple):
+        return tuple(plain(item) for item in value)
+    if isinstance(value, list) or type(value).__name__ == "L":  # fastcore's list
+        return [plain(item) for item in value]
+    return value
+
+
+def write_atomically(value: Any, path: str | Path) -> None:
+    """Save with `torch.save` beside the path, then rename: whoever looks finds the old file or the new one, whole.
+
+    Args:
+        value: tensors and plain containers.
+        path: the file; its folder must exist.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("wb") as file:
+            torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
