@@ -100,7 +100,7 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str)
     left, right = axes[0]
     epochs = [row["epoch"] + 1 for row in rows]
     marker = "o" if len(rows) < 40 else None
-    for name, label in (("train_loss", "training (with its augmentation)"), ("valid_loss", "validation")):
+    for name, label in (("train_loss", "training, as augmented and smoothed"), ("valid_loss", "validation")):
         left.plot(epochs, [row[name] for row in rows], label=label, marker=marker, markersize=3)
     left.set(xlabel="epoch", ylabel="cross-entropy", title=title)
     left.legend(frameon=False)

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,8 @@ class _Run:
         self._make_folder()
         with locked(self.folder):
             record = self._open(resolved)
-            data = self.recipe.data()
+            with self._blaming("data"):
+                data = self.recipe.data()
             if self.options.images is not None:
                 data = data.limit(self.options.images)
             self._introduce(data)
@@ -176,8 +178,9 @@ class _Run:
         # A stage's draws depend on its number, not on what was drawn before: so does a resumed one's.
         seed = self.options.seed * 1000 + index
         seed_all(seed)
-        model = self._build(data) if previous is None else self._load(previous).model
-        learn = make_learner(fit, model, data, device=self.device, seed=seed, path=place)
+        with self._blaming(f"stage {fit.name}"):
+            model = self._build(data) if previous is None else self._load(previous).model
+            learn = make_learner(fit, model, data, device=self.device, seed=seed, path=place)
         self._announce(fit, model)
         logger = _tensorboard(place) if self.options.tensorboard else ()
         result = run_fit(learn, fit, self.console, checkpoint=place / "checkpoint.pth", cbs=logger)
@@ -189,6 +192,14 @@ class _Run:
             )
         self._measure(index, learn.model, data, result, record)
         return place
+
+    @contextmanager
+    def _blaming(self, part: str) -> Iterator[None]:
+        """Say of an error in what the recipe's values gave that the recipe is where to mend it."""
+        try:
+            yield
+        except (ValueError, TypeError) as error:
+            raise MicronetError(f"{self.source or 'recipe'}, {part}: {error}") from error
 
     def _build(self, data: Data) -> nn.Module:
         return self.recipe.model(num_classes=data.num_classes)

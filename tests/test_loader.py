@@ -112,9 +112,9 @@ def test_new_switches_augmentation_off_and_keeps_statistics(data):
 
 
 def test_reflection_wider_than_the_image_is_refused():
-    loader = loaders(digits(augment=Augment(crop=32))).train
+    data = digits(augment=Augment(crop=32))
     with pytest.raises(ValueError, match="crop must be smaller"):
-        loader.one_batch()
+        loaders(data)
 
 
 def test_real_cifar_batches(real):

@@ -88,11 +88,22 @@ def test_an_interrupted_fit_goes_on_to_the_same_bits(way, tmp_path, monkeypatch)
     assert [line.rpartition(",")[0] for line in histories[0]] == [line.rpartition(",")[0] for line in histories[1]]
 
 
-def test_sigkill_in_the_middle_of_a_real_run(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("quickstart", ["-s", "epochs=5", "--limit", "600"]),
+        pytest.param(
+            "wrn_cifar100", ["-s", "epochs=3", "-s", "batch_size=64", "--limit", "256"], marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_sigkill_in_the_middle_of_a_real_run(name, options, tmp_path, archive):
     """The command itself, killed once between two checkpoints, against one that was left alone."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", "micronet", "fit", str(ROOT / "recipes" / "quickstart.py")]
-    command += ["-s", "epochs=5", "--limit", "600", "-o"]
+    if "cifar" in name:
+        environment["MICRONET_DATA"] = str(archive("cifar100").parent)
+    command = [sys.executable, "-W", "ignore", "-m", "micronet", "fit", str(ROOT / "recipes" / f"{name}.py")]
+    command += [*options, "-o"]
     process = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment, stdout=subprocess.DEVNULL)
     checkpoint = tmp_path / "killed" / "1-train" / "checkpoint.pth"
     deadline = time.monotonic() + 120
@@ -197,6 +208,20 @@ def test_two_commands_on_one_folder(tmp_path):
             run(recipe(Fit("train", epochs=1)), folder, RunOptions(limit=32))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (Recipe(partial(digits, batch_size=0), SMALL, (Fit("t", epochs=1),)), "data: batch_size"),
+        (Recipe(partial(digits, augment=Augment(crop=40)), SMALL, (Fit("t", epochs=1),)), "stage t: crop must be"),
+        (Recipe(digits, partial(SMALL, conv="round"), (Fit("t", epochs=1),)), "stage t: conv"),
+        (Recipe(digits, partial(torch.nn.Linear, in_features=3), (Fit("t", epochs=1),)), "stage t: .*num_classes"),
+    ],
+)
+def test_values_that_do_not_work_are_one_line(wrong, says, tmp_path):
+    with pytest.raises(MicronetError, match=says):
+        run(wrong, tmp_path / "run", RunOptions(limit=32))
+
+
 def test_a_loss_that_explodes_is_said(tmp_path):
     with pytest.raises(MicronetError, match="no longer finite in epoch 1: lower the learning rate"):
         run(recipe(Fit("train", epochs=2, lr=1e18, schedule=Cosine())), tmp_path / "run", RunOptions(limit=320))
@@ -217,6 +242,20 @@ def test_the_recorded_number_of_threads_is_used_again(tmp_path):
         assert f"using {threads + 1} threads, as the run began with" in console.export_text()
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_timm_network_goes_through_the_same_path(tmp_path):
+    timm = pytest.importorskip("timm", reason="the timm extra is not installed")
+    network = partial(timm.create_model, model_name="test_vit", img_size=32)
+    bundle = run(recipe(Fit("train", epochs=1, lr=0.01), model=network), tmp_path, RunOptions(limit=48))
+    assert bundle.factory.startswith("timm.")
+    assert torch.equal(weights(tmp_path / "model.pth"), weights(tmp_path / "1-train" / "model.pth"))
+
+
+def test_tensorboard_logs_into_the_stage(tmp_path):
+    pytest.importorskip("tensorboard", reason="the tensorboard extra is not installed")
+    run(recipe(Fit("train", epochs=1, lr=0.01)), tmp_path, RunOptions(limit=48, tensorboard=True))
+    assert list((tmp_path / "1-train" / "tensorboard").glob("events.*"))
 
 
 def test_weight_decay_spares_batchnorm_and_biases_where_asked():

@@ -51,6 +51,8 @@ class BatchLoader(DataLoader):
         **kwargs: Any,
     ) -> None:
         fixed = {"indexed": True, "num_workers": 0, "n": len(dataset)}
+        if augment and augment.pad == "reflect" and augment.crop >= min(dataset.images.shape[2:]):
+            raise ValueError(f"crop must be smaller than the image for reflection, got {augment.crop}")
         super().__init__(dataset, bs, shuffle=shuffle, drop_last=drop_last, device=device, **(kwargs | fixed))
         self.mean, self.std, self.augment, self.classes = mean, std, augment, classes
         self.seed, self.epoch = seed, epoch
@@ -146,8 +148,6 @@ class BatchLoader(DataLoader):
 
 def _reflected(size: int, pad: int) -> Tensor:
     """Positions 0 to size + 2 pad - 1 of a padded line, as positions of the line: ... 2 1 | 0 1 2 ..."""
-    if pad >= size:
-        raise ValueError(f"crop must be smaller than the image for reflection, got {pad} for {size} pixels")
     place = torch.arange(-pad, size + pad).abs()
     return torch.where(place >= size, 2 * (size - 1) - place, place)
 
