@@ -46,7 +46,8 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 def _stateful(learn: Learner) -> dict[str, Callback]:
     # On the class: a Callback's unknown attributes are looked up in the Learner, and from there in the network.
-    return {cb.name: cb for cb in learn.cbs if hasattr(type(cb), "state_dict") and not isinstance(cb, Checkpoint)}
+    found = [cb for cb in learn.cbs if hasattr(type(cb), "state_dict") and not isinstance(cb, Checkpoint)]
+    return {f"{place}: {cb.name}": cb for place, cb in enumerate(found)}  # two of one class are two
 
 
 class Checkpoint(Callback):
@@ -76,6 +77,7 @@ class Checkpoint(Callback):
         learn.recorder.smooth_loss.count, learn.recorder.smooth_loss.val = state["smooth_loss"]
         learn.recorder.lrs[:] = state["lrs"].tolist()
         learn.recorder.losses[:] = list(state["losses"])
+        learn.train_iter = len(learn.recorder.lrs)
         if state["data_epoch"] is not None:
             learn.dls.train.epoch = state["data_epoch"]
         for name, cb in _stateful(learn).items():
@@ -205,8 +207,8 @@ class EarlyStop(_Monitor):
         super().before_fit()
         self._waited = 0
 
-    def before_epoch(self) -> None:
-        """End the fit where patience is over: here, so that the last epoch's checkpoint is already written."""
+    def before_train(self) -> None:
+        """End the fit where patience is over: here, the last epoch's checkpoint is written, and MixUp is set up."""
         if self._waited >= self.patience:
             raise CancelFitException
 

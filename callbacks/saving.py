@@ -7,7 +7,8 @@ Source: Python's documentation of `os.replace`: the renaming is atomic, as POSIX
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,25 @@ def plain(value: Any) -> Any:
     return value
 
 
+@contextmanager
+def whole_or_absent(path: str | Path) -> Iterator[Path]:
+    """Give a place beside a path to write to; rename it to the path once all is written, and remove it otherwise.
+
+    Args:
+        path: the file; its folder must exist.
+    """
+    path = Path(path)
+    # The suffix stays: matplotlib goes by it.
+    beside = path.with_name(f".{os.getpid()}.tmp.{path.name}")
+    try:
+        yield beside
+        with beside.open("rb+") as file:
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def write_atomically(value: Any, path: str | Path) -> None:
     """Save with `torch.save` beside the path, then rename: whoever looks finds the old file or the new one, whole.
 
@@ -37,13 +57,5 @@ def write_atomically(value: Any, path: str | Path) -> None:
         value: tensors and plain containers.
         path: the file; its folder must exist.
     """
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            torch.save(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with whole_or_absent(path) as beside, beside.open("wb") as file:
+        torch.save(value, file)

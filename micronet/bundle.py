@@ -5,12 +5,11 @@ of the file's. It names a factory (a function that builds the network) which is 
 torchvision's or timm's own.
 """
 
-import inspect
+import math
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,10 @@ from torch import Tensor, nn
 
 from callbacks.saving import plain, write_atomically
 from micronet.errors import MicronetError
+from micronet.factories import find_factory, is_plain
 
 FORMAT = "micronet"
 VERSION = 1
-# Arguments that fetch weights from elsewhere: a bundle has its own.
-_FETCH = frozenset(
-    {
-        "weights",
-        "weights_backbone",
-        "progress",
-        "pretrained",
-        "checkpoint_path",
-        "pretrained_cfg",
-        "pretrained_cfg_overlay",
-    }
-    | {"cache_dir", "scriptable"}
-)
 
 
 @dataclass
@@ -62,90 +49,6 @@ class Bundle:
     std: tuple[float, ...]
     history: list[dict[str, Any]] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
-
-
-def describe_factory(build: Callable[..., nn.Module]) -> tuple[str, dict[str, Any]]:
-    """Name a factory so that a file can say how its network is built.
-
-    Args:
-        build: a function or class, or a `functools.partial` of one with keyword arguments only.
-
-    Returns:
-        `module:name`, and the keyword arguments, without those that fetch weights.
-
-    Raises:
-        MicronetError: positional arguments, an argument that is not plain, or a function without a name.
-    """
-    kwargs: dict[str, Any] = {}
-    while isinstance(build, partial):
-        if build.args:
-            raise MicronetError(f"model: give arguments of {build.func.__name__} by name, so that they can be stored")
-        kwargs, build = {**build.keywords, **kwargs}, build.func
-    name = getattr(build, "__qualname__", "<lambda>")
-    if "<" in name:
-        raise MicronetError("model: use a named function or functools.partial of one: a lambda can't be stored")
-    kept = {key: value for key, value in kwargs.items() if key not in _FETCH}
-    for key, value in kept.items():
-        if not _is_plain(value):
-            raise MicronetError(f"model: argument {key} of {name} must be numbers and text to be stored, got {value!r}")
-    return f"{build.__module__}:{name}", kept
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(_is_plain(item) for item in value)
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
-def find_factory(name: str, kwargs: Mapping[str, Any]) -> Callable[..., nn.Module]:
-    """Find a factory named in a file, if it is on the allow-list: public network functions of three packages.
-
-    Args:
-        name: `module:name` as `describe_factory` gives it.
-        kwargs: the file's keyword arguments; none may fetch anything.
-
-    Raises:
-        MicronetError: the factory or an argument is not allowed, or the package is not installed.
-    """
-    refused = MicronetError(
-        f"the file's factory {name} is not a network of micronet, torchvision or timm; "
-        "if you trust the code that made it, name that with --factory FILE:NAME"
-    )
-    module, _, attribute = name.partition(":")
-    package = module.partition(".")[0]
-    if bad := sorted(_FETCH & set(kwargs)):
-        raise MicronetError(f"the file's arguments for {name} would fetch something: {', '.join(bad)}; refused")
-    if package == "micronet":
-        import micronet.models as networks
-
-        found = getattr(networks, attribute, None) if attribute in networks.__all__ else None
-        if found is None or found.__module__ != module:
-            raise refused
-        return found
-    if package == "torchvision":
-        from torchvision.models import get_model_builder, list_models
-
-        if attribute not in list_models() or get_model_builder(attribute).__module__ != module:
-            raise refused
-        return partial(get_model_builder(attribute), weights=None)
-    if package == "timm":
-        return _timm_factory(attribute, kwargs, refused)
-    raise refused
-
-
-def _timm_factory(attribute: str, kwargs: Mapping[str, Any], refused: MicronetError) -> Callable[..., nn.Module]:
-    try:
-        import timm
-    except ImportError as error:
-        raise MicronetError("the file's network is one of timm's: pip install timm") from error
-    model = kwargs.get("model_name") if attribute == "create_model" else attribute
-    # A name outside the list can be a path or a hub's address.
-    if not isinstance(model, str) or not timm.is_model(model) or ":" in model or "/" in model:
-        raise refused
-    build = partial(timm.create_model, pretrained=False)
-    return build if attribute == "create_model" else partial(build, model_name=model)
 
 
 def save(bundle: Bundle, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -253,8 +156,20 @@ def _check_fields(content: dict[str, Any], path: Path) -> None:
     for name, kind in (kinds | {"history": list, "provenance": dict}).items():
         if not isinstance(content.get(name), kind):
             raise MicronetError(f"{path}: damaged: its {name} is not a {kind.__name__}; make it again")
-    if not _is_plain(content["kwargs"]) or not all(isinstance(value, Tensor) for value in content["state"].values()):
-        raise MicronetError(f"{path}: damaged: its arguments or weights are of the wrong kind; make it again")
+    size, numbers = content["input_size"], [*content["mean"], *content["std"]]
+    sound = (
+        is_plain(content["kwargs"])
+        and all(isinstance(value, Tensor) and value.layout == torch.strided for value in content["state"].values())
+        and all(isinstance(name, str) for name in [*content["classes"], *content["state"]])
+        and all(isinstance(row, dict) for row in content["history"])
+        and len(size) == 3
+        and all(type(n) is int and 0 < n < 100_000 for n in size)
+        and len(content["mean"]) == len(content["std"]) == size[0]
+        and all(isinstance(n, float) and math.isfinite(n) for n in numbers)
+        and min(content["std"]) > 0
+    )
+    if not sound:
+        raise MicronetError(f"{path}: damaged: its fields are not what a bundle's are; make it again")
 
 
 def _outline(content: Any) -> str:
@@ -266,14 +181,16 @@ def _outline(content: Any) -> str:
 def _fill(build: Callable[..., nn.Module], kwargs: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
     """Build a network and put the weights in; the caller's random numbers are not drawn from."""
     try:
-        inspect.signature(build).bind(**kwargs)
         _check_shapes(_shapes(build, kwargs), state)
         with torch.random.fork_rng(devices=[]):
             model = build(**kwargs)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise MicronetError(f"its network can't be built: {(str(error) or repr(error)).splitlines()[0]}") from error
-    _check_shapes({name: value.shape for name, value in model.state_dict().items()}, state)
-    model.load_state_dict(state)
+        _check_shapes({name: value.shape for name, value in model.state_dict().items()}, state)
+        model.load_state_dict(state)
+    except MicronetError:
+        raise
+    except Exception as error:  # a file's arguments can make a network's own code fail in any way
+        reason = (str(error) or type(error).__name__).splitlines()[0][:160]
+        raise MicronetError(f"its network can't be built: {reason}") from error
     return model
 
 
@@ -282,8 +199,11 @@ def _shapes(build: Callable[..., nn.Module], kwargs: dict[str, Any]) -> dict[str
     try:
         with torch.device("meta"):
             return {name: value.shape for name, value in build(**kwargs).state_dict().items()}
-    except (RuntimeError, NotImplementedError):  # some networks (torchvision's RegNet) compute with their weights
-        return None
+    except (RuntimeError, NotImplementedError) as error:
+        # Some networks (torchvision's RegNet) compute with their weights: without arguments, their size is known.
+        if set(kwargs) <= {"num_classes", "model_name"} and kwargs.get("num_classes", 0) <= 100_000:
+            return None
+        raise MicronetError("its network can't be built to check its shapes, and has arguments of its own") from error
 
 
 def _check_shapes(wanted: Mapping[str, torch.Size] | None, state: Mapping[str, Tensor]) -> None:

@@ -13,6 +13,8 @@ from micronet.errors import MicronetError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from micronet.bundle import Bundle
+
 app = typer.Typer(
     help="Train small image classifiers, compress them, and count what they cost.",
     no_args_is_help=True,
@@ -31,10 +33,10 @@ Settings = Annotated[
 ]
 DataFolder = Annotated[
     Path | None,
-    typer.Option("--data-dir", "-d", envvar="MICRONET_DATA", help="Folder that holds the data set or its .tgz."),
+    typer.Option("--data", "-d", metavar="DIR", envvar="MICRONET_DATA", help="Where the data set or its .tgz lies."),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by default a GPU where there is one.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of all that is drawn.")]
+Seed = Annotated[int, typer.Option(min=0, max=10**8, help="Of all that is drawn.")]
 Factory = Annotated[
     str | None,
     typer.Option(metavar="FILE:NAME", help="Build the network with this function of yours. Runs the file's code."),
@@ -68,8 +70,8 @@ def _console() -> "Console":
 
 def _use_data(folder: Path | None) -> None:
     if folder is not None:
-        if not folder.is_dir():
-            raise MicronetError(f"{folder}: no such folder (--data-dir or MICRONET_DATA)")
+        if not folder.exists():
+            raise MicronetError(f"{folder}: no such folder or archive (named by --data or MICRONET_DATA)")
         os.environ["MICRONET_DATA"] = str(folder)
 
 
@@ -198,6 +200,21 @@ def score(
     )
 
 
+def _split_of(bundle: "Bundle", model: Path, data: str, split: str) -> dict[str, Any]:
+    """How the network's own recipe cut valid from train: cut otherwise, most of valid would be what it trained on."""
+    if split == "test":
+        return {}
+    used = bundle.provenance.get("resolved", {}).get("recipe", {}).get("data", {})
+    used = used if isinstance(used, dict) else {"call": used}
+    known = used.get("call", "").rpartition(":")[2]
+    if known != data and not (known == "image_folder" and Path(data).is_dir()):
+        raise MicronetError(
+            f"{model}: its file does not say which images of {data} it was trained on, so that --split {split} "
+            "has no meaning; use --split test"
+        )
+    return {name: used[name] for name in ("valid", "split_seed") if name in used}
+
+
 @app.command()
 def evaluate(
     model: ModelFile,
@@ -208,7 +225,10 @@ def evaluate(
     ] = None,
     device: Device = None,
     factory: Factory = None,
-    data_dir: DataFolder = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option("--data-dir", "-d", envvar="MICRONET_DATA", help="Where the data set or its .tgz lies."),
+    ] = None,
 ) -> None:
     """Measure a model on a split: top-1 and top-5 as counts, loss, confusion matrix and worst classes.
 
@@ -227,7 +247,7 @@ def evaluate(
     from micronet.report import plot_confusion
 
     bundle = load(model, factory=_factory(factory))
-    images = by_name(data, size=bundle.input_size[1])
+    images = by_name(data, size=bundle.input_size[1], **_split_of(bundle, model, data, split))
     if images.classes != bundle.classes:
         raise MicronetError(
             f"{model}: its {len(bundle.classes)} classes ({', '.join(bundle.classes[:3])}, ...) are not the "
@@ -314,10 +334,11 @@ def data_show(
     from dataclasses import replace
 
     from micronet.data import by_name, loaders, wrn_augment
-    from micronet.recipe import load_recipe
+    from micronet.recipe import blaming, load_recipe
     from micronet.report import new_figure, save_figure
 
-    chosen = load_recipe(name).data() if name.endswith(".py") else replace(by_name(name), augment=wrn_augment())
+    with blaming(name):
+        chosen = load_recipe(name).data() if name.endswith(".py") else replace(by_name(name), augment=wrn_augment())
     if plain:
         chosen = replace(chosen, augment=None)
     new_figure()  # sets a backend that opens no window

@@ -1,5 +1,7 @@
 """Measuring a network on a split: counts of images, nothing averaged over batches."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +68,7 @@ def evaluate(model: nn.Module, loader: BatchLoader, device: Any = "cpu") -> Eval
     model.to(device).eval()
     top1 = top5 = images = 0
     loss, confusion = 0.0, None
-    with progress("evaluating", len(loader.dataset)) as advance:
+    with _full_float32(), progress("evaluating", len(loader.dataset)) as advance:
         for xb, yb in loader:
             logits = model(xb.to(device)).float()
             labels = yb.to(device)
@@ -80,3 +82,14 @@ def evaluate(model: nn.Module, loader: BatchLoader, device: Any = "cpu") -> Eval
             advance(images)
     model.train(was_training)
     return Evaluation(images, top1, top5, loss / images, confusion.view(classes, classes))
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Keep a GPU's convolutions from rounding float32 to TF32, which has ten bits of mantissa."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed

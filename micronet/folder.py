@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from callbacks.saving import whole_or_absent
 from micronet.errors import MicronetError
 
 
@@ -22,10 +23,20 @@ def read_rows(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file beside its place and rename it, so that it is whole or absent."""
-    beside = target.with_name(f".{target.name}.tmp")
-    shutil.copyfile(source, beside)
-    beside.replace(target)
+    """Copy a file to a place where it is whole or absent."""
+    with whole_or_absent(target) as beside:
+        shutil.copyfile(source, beside)
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing, but for what a micronet that was killed at its first steps left there."""
+    return all(file.name == ".lock" or ".tmp." in file.name for file in folder.iterdir())
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a kill in the middle of writing left; call with the folder locked."""
+    for file in folder.rglob(".*.tmp.*"):
+        file.unlink()
 
 
 @contextmanager
@@ -51,10 +62,10 @@ def set_aside(folder: str | Path) -> Path | None:
     Raises:
         MicronetError: the folder holds something that is not a run.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     if not folder.exists():
         return None
-    if not (folder / "run.json").exists() and any(folder.iterdir()):
+    if not (folder / "run.json").exists() and not is_empty(folder):
         raise MicronetError(f"{folder}: not a run folder (it has no run.json), so --fresh leaves it alone")
     number = 1
     while (target := folder.with_name(f"{folder.name}.{number}")).exists():

@@ -25,7 +25,7 @@ from micronet.data import Data, loaders
 from micronet.errors import MicronetError
 from micronet.optim import CrossEntropy, decay_groups, metrics
 from micronet.progress import History, Table
-from micronet.recipe import Fit, Recipe
+from micronet.recipe import Fit, Recipe, blaming
 
 
 def pick_device(name: str | None = None) -> str:
@@ -40,9 +40,10 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
 
 
-def uses_bf16(fit: Fit, device: str) -> bool:
-    """Whether a fit computes in bf16 on a device: as the recipe says, else where it is known to be faster."""
-    return bf16_speeds_up(device) if fit.bf16 is None else fit.bf16
+def precision(fit: Fit, device: str) -> tuple[bool, bool]:
+    """Whether a fit computes in bf16, and in channels_last: as the recipe says, else where it is known to be faster."""
+    bf16 = bf16_speeds_up(device) if fit.bf16 is None else fit.bf16
+    return bf16, bf16 if fit.channels_last is None else fit.channels_last
 
 
 def make_learner(
@@ -60,8 +61,7 @@ def make_learner(
     """
     if fit.batch_size is not None:
         data = replace(data, batch_size=fit.batch_size)
-    bf16 = uses_bf16(fit, device)
-    channels_last = bf16 if fit.channels_last is None else fit.channels_last
+    bf16, channels_last = precision(fit, device)
     cbs: list[Callback] = [Precision(bf16, channels_last)] if bf16 or channels_last else []
     if fit.grad_clip is not None:
         cbs.append(GradientClip(fit.grad_clip))
@@ -79,10 +79,12 @@ def make_learner(
         cbs=cbs,
         metrics=metrics(),
         path=path,
+        wd=fit.wd if fit.wd_bn_bias else [fit.wd, 0.0],
         wd_bn_bias=True,  # decay_groups does what fastai's flag does, for torch's optimizers too
     )
     # Importing some fastai modules makes its notebook bar a default callback; micronet draws its own (progress.py).
     learn.remove_cbs(ProgressCallback)
+    learn.create_opt()  # here, so that wrong arguments of an optimizer are found before anything runs
     if fit.compile:
         model.compile()
     return learn
@@ -135,16 +137,15 @@ def run_fit(
     extra += [EarlyStop(fit.early_stop)] if fit.early_stop else []
     extra += [Checkpoint(checkpoint, state)] if checkpoint is not None else []
     start = state["epoch"] if state else 0
-    wd = fit.wd if fit.wd_bn_bias else [fit.wd, 0.0]
     try:
         if isinstance(fit.schedule, OneCycle):
             one = fit.schedule
             learn.fit_one_cycle(
-                fit.epochs, fit.lr, one.div, one.div_final, one.pct_start, wd, one.moms, extra, start_epoch=start
+                fit.epochs, fit.lr, one.div, one.div_final, one.pct_start, moms=one.moms, cbs=extra, start_epoch=start
             )
         else:
             scheduler = ParamScheduler({"lr": lambda progress: fit.lr * fit.schedule(progress)})
-            learn.fit(fit.epochs, fit.lr, wd, [scheduler, *extra], start_epoch=start)
+            learn.fit(fit.epochs, fit.lr, cbs=[scheduler, *extra], start_epoch=start)
     finally:
         table.close()
     lrs = [float(lr) for lr in learn.recorder.lrs]
@@ -178,12 +179,13 @@ def find_lr(
     Raises:
         MicronetError: the loss had no valley.
     """
-    data = recipe.data() if limit is None else recipe.data().limit(limit)
     seed_all(seed)
     device = pick_device(device)
     with tempfile.TemporaryDirectory() as folder:
-        model = recipe.model(num_classes=data.num_classes)
-        learn = make_learner(recipe.stages[0], model, data, device=device, seed=seed, path=folder)
+        with blaming("recipe"):
+            data = recipe.data() if limit is None else recipe.data().limit(limit)
+            model = recipe.model(num_classes=data.num_classes)
+            learn = make_learner(recipe.stages[0], model, data, device=device, seed=seed, path=folder)
         try:
             found = learn.lr_find(num_it=steps, show_plot=False)
         except (IndexError, ValueError) as error:

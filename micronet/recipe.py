@@ -7,7 +7,8 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -133,8 +134,8 @@ def load_recipe(path: str | Path, options: Mapping[str, str] | None = None, *, s
     arguments = {name: parse_option(function, name, text, path) for name, text in (options or {}).items()}
     try:
         recipe = function(**arguments, **({"smoke": True} if smoke else {}))
-    except (ValueError, TypeError) as error:
-        raise MicronetError(f"{path}: {error}") from error
+    except Exception as error:  # whatever the user's file raises is about the user's file
+        raise MicronetError(_about_file(error, path)) from error
     if not isinstance(recipe, Recipe):
         raise MicronetError(f"{path}: recipe() must return a micronet.Recipe, got {type(recipe).__name__}")
     return recipe
@@ -154,8 +155,7 @@ def _recipe_function(path: Path) -> Callable[..., Recipe]:
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the user's file raises is about the user's file
-        line = _line_in(error, path)
-        raise MicronetError(f"{path}{line}: {type(error).__name__}: {error}") from error
+        raise MicronetError(_about_file(error, path)) from error
     function = getattr(module, "recipe", None)
     if not callable(function):
         raise MicronetError(f"{path}: defines no function recipe(*, ..., smoke=False) that returns a Recipe")
@@ -164,11 +164,35 @@ def _recipe_function(path: Path) -> Callable[..., Recipe]:
     return function
 
 
-def _line_in(error: BaseException, path: Path) -> str:
+def _about_file(error: BaseException, path: Path) -> str:
+    """One line on an error that a recipe file raised: where in the file, what."""
     if isinstance(error, SyntaxError):
-        return f":{error.lineno}"
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
-    return f":{lines[-1]}" if lines else ""
+        lines = [error.lineno]
+    else:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
+    where = f"{path}:{lines[-1]}" if lines else f"{path}"
+    return f"{where}: {type(error).__name__}: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def blaming(where: Any) -> Iterator[None]:
+    """Say of a wrong value that a recipe gave where it is to be mended.
+
+    Args:
+        where: named in the message.
+
+    Raises:
+        MicronetError: what ran inside raised ValueError or TypeError.
+    """
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise MicronetError(f"{where}: {_first_line(error)}") from error
 
 
 def parse_option(function: Callable[..., Any], name: str, text: str, where: Any = "recipe") -> Any:
@@ -188,8 +212,8 @@ def parse_option(function: Callable[..., Any], name: str, text: str, where: Any 
     if name not in names:
         raise MicronetError(f"{where}: no option {name!r}; it has {', '.join(names) or 'none'}")
     wanted = typing.get_type_hints(function).get(name, str)
-    kinds = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
-    for kind in kinds:
+    kinds = typing.get_args(wanted) if typing.get_origin(wanted) in (types.UnionType, typing.Union) else (wanted,)
+    for kind in sorted(kinds, key=lambda kind: kind is not type(None)):  # "none" before text
         found, value = _parse(kind, text)
         if found:
             return value

@@ -2,12 +2,13 @@
 
 import csv
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+
+from callbacks.saving import whole_or_absent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,14 +18,9 @@ if TYPE_CHECKING:
 
 
 def write_text(text: str, path: str | Path) -> None:
-    """Write a small file beside its place and rename it, so that it is whole or absent."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    """Write a small file that is whole or absent."""
+    with whole_or_absent(path) as beside:
         beside.write_text(text)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def write_csv(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
@@ -51,7 +47,7 @@ def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def save_figure(figure: "Figure", path: str | Path) -> None:
-    """Write a figure as PNG beside its place and rename it, and close it.
+    """Write a figure as PNG, whole or not at all, and close it.
 
     Args:
         figure: what to write.
@@ -59,13 +55,10 @@ def save_figure(figure: "Figure", path: str | Path) -> None:
     """
     import matplotlib.pyplot as plt
 
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp.png")
     try:
-        figure.savefig(beside, dpi=120)
-        beside.replace(path)
+        with whole_or_absent(path) as beside:
+            figure.savefig(beside, dpi=120)
     finally:
-        beside.unlink(missing_ok=True)
         plt.close(figure)
 
 
@@ -227,7 +220,7 @@ def stages_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         test = row.get("test")
         table.add_row(
             row["stage"],
-            _share(row["valid"]),
+            _share(row["valid"]) + (" on the test images" if row["valid_is_test"] else ""),
             _share(test) if test else "-",
             f"{row['params']:,}",
             f"{row['macs'] / 1e6:,.1f} M",

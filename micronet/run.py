@@ -1,9 +1,7 @@
 """Running a recipe in a folder: stages in order, resumed where they were left, a measured row for each."""
 
 import json
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,14 @@ from torch import nn
 
 from micronet import bundle as bundles
 from micronet.bundle import Bundle
-from micronet.data import Data, plain_loader
+from micronet.data import Data, ImageSet, plain_loader
 from micronet.errors import MicronetError
 from micronet.evaluate import evaluate
-from micronet.folder import copy_file, locked, read_rows
-from micronet.learner import FitResult, make_learner, pick_device, run_fit, seed_all, uses_bf16
+from micronet.factories import describe_factory, innermost
+from micronet.folder import copy_file, is_empty, locked, read_rows, sweep
+from micronet.learner import FitResult, make_learner, pick_device, precision, run_fit, seed_all
 from micronet.machine import git_state, hardware, versions
-from micronet.recipe import Fit, Recipe, describe
+from micronet.recipe import Fit, Recipe, blaming, describe
 from micronet.report import flat, plot_curves, plot_rates, write_csv, write_text
 from micronet.score import score
 
@@ -33,7 +32,7 @@ class RunOptions:
     """What the command line adds to a recipe.
 
     Args:
-        seed: of weights, order, augmentation and all that is drawn, at least 0.
+        seed: of weights, order, augmentation and all that is drawn, in [0, 10^8].
         limit: most images in each split; None for all.
         device: where to train; None for a GPU where there is one.
         smoke: recorded; a smoke run takes few images.
@@ -45,6 +44,10 @@ class RunOptions:
     device: str | None = None
     smoke: bool = False
     tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed <= 10**8:  # its products with stages and epochs must fit a generator's 64 bits
+            raise ValueError(f"seed must be a whole number in [0, 10^8], got {self.seed}")
 
     @property
     def images(self) -> int | None:
@@ -85,12 +88,13 @@ class _Run:
         self.recipe, self.folder, self.options, self.console = recipe, folder, options, console
         self.source = source
         self.device = pick_device(options.device)
-        self.factory, _ = bundles.describe_factory(recipe.model)
+        self.factory, self.kwargs = describe_factory(recipe.model)
 
     def run(self) -> Bundle:
         resolved = {"recipe": describe(self.recipe), "seed": self.options.seed, "limit": self.options.images}
         self._make_folder()
         with locked(self.folder):
+            sweep(self.folder)
             record = self._open(resolved)
             with self._blaming("data"):
                 data = self.recipe.data()
@@ -110,8 +114,7 @@ class _Run:
     def _make_folder(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
             raise MicronetError(f"{self.folder}: a file; choose another folder with -o")
-        known = (self.folder / "run.json").exists() or not self.folder.exists()
-        if not known and any(file.name != ".lock" for file in self.folder.iterdir()):
+        if self.folder.exists() and not (self.folder / "run.json").exists() and not is_empty(self.folder):
             raise MicronetError(f"{self.folder}: not empty and not a run folder; choose another one with -o")
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -126,15 +129,15 @@ class _Run:
             "source": self.source.name if self.source else None,
             "git": git_state(self.source.parent if self.source else Path.cwd()),
         }
-        if file.exists():
+        # A record without a stage is of a run that failed on its first values: the mended one takes its place.
+        if file.exists() and any(self.folder.glob("*-*/")):
             try:
-                then = json.loads(file.read_text())
-            except ValueError as error:
-                raise MicronetError(f"{file}: damaged ({error}); start over with --fresh") from error
-            return self._compare(then, now)
-        if self.source:
-            shutil.copyfile(self.source, self.folder / "recipe.py")
+                return self._compare(json.loads(file.read_text()), now)
+            except (ValueError, KeyError, TypeError) as error:
+                raise MicronetError(f"{file}: damaged ({error!r}); start over with --fresh") from error
         write_text(json.dumps(now, indent=1) + "\n", file)
+        if self.source:
+            copy_file(self.source, self.folder / "recipe.py")
         return now
 
     def _compare(self, then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
@@ -174,13 +177,13 @@ class _Run:
         if (place / "row.json").exists() and (place / "model.pth").exists():
             self.console.print(f"stage {fit.name}: done before", highlight=False)
             return place
-        place.mkdir(exist_ok=True)
         # A stage's draws depend on its number, not on what was drawn before: so does a resumed one's.
         seed = self.options.seed * 1000 + index
         seed_all(seed)
         with self._blaming(f"stage {fit.name}"):
             model = self._build(data) if previous is None else self._load(previous).model
             learn = make_learner(fit, model, data, device=self.device, seed=seed, path=place)
+        place.mkdir(exist_ok=True)
         self._announce(fit, model)
         logger = _tensorboard(place) if self.options.tensorboard else ()
         result = run_fit(learn, fit, self.console, checkpoint=place / "checkpoint.pth", cbs=logger)
@@ -193,63 +196,53 @@ class _Run:
         self._measure(index, learn.model, data, result, record)
         return place
 
-    @contextmanager
-    def _blaming(self, part: str) -> Iterator[None]:
-        """Say of an error in what the recipe's values gave that the recipe is where to mend it."""
-        try:
-            yield
-        except (ValueError, TypeError) as error:
-            raise MicronetError(f"{self.source or 'recipe'}, {part}: {error}") from error
+    def _blaming(self, part: str) -> AbstractContextManager[None]:
+        return blaming(f"{self.source or 'recipe'}, {part}")
 
     def _build(self, data: Data) -> nn.Module:
         return self.recipe.model(num_classes=data.num_classes)
 
     def _load(self, place: Path) -> Bundle:
-        function: Callable[..., Any] = self.recipe.model
-        while hasattr(function, "func"):
-            function = function.func
-        return bundles.load(place / "model.pth", factory=function)
+        return bundles.load(place / "model.pth", factory=innermost(self.recipe.model))
 
     def _announce(self, fit: Fit, model: nn.Module) -> None:
         params = sum(p.numel() for p in model.parameters())
-        bf16 = "bf16 and channels_last" if uses_bf16(fit, self.device) else "float32"
+        bf16, channels_last = precision(fit, self.device)
+        how = ("bf16" if bf16 else "float32") + (", channels_last" if channels_last else "")
         self.console.print(
             f"stage {fit.name}: {self.factory.partition(':')[2]}, {params:,} parameters; {fit.epochs} epochs on "
-            f"{self.device} in {bf16}, {torch.get_num_threads()} threads",
+            f"{self.device} in {how}, {torch.get_num_threads()} threads",
             highlight=False,
         )
 
     def _measure(self, index: int, model: nn.Module, data: Data, result: FitResult, record: dict[str, Any]) -> None:
         """Write the stage's files; row.json comes last and marks the stage as done."""
         fit, place = self.recipe.stages[index], self._place(index)
-        model.to("cpu", memory_format=torch.contiguous_format).eval()
-        valid = evaluate(model, plain_loader(data.valid, data, device=self.device), self.device)
+        bundle = Bundle(
+            model=model.to("cpu", memory_format=torch.contiguous_format),
+            factory=self.factory,
+            kwargs=self.kwargs | {"num_classes": data.num_classes},
+            classes=data.classes,
+            input_size=data.input_size,
+            mean=data.mean,
+            std=data.std,
+            provenance=record,
+        )
+        bundles.save(bundle, place / "model.pth")
+        bundle = self._load(place)  # every number below is measured on what the file gives
         row: dict[str, Any] = {
             "stage": fit.name,
             "epochs": len(result.rows),
             "best_epoch": None if result.best_epoch is None else result.best_epoch + 1,
             "seconds": sum(epoch["seconds"] for epoch in result.rows),
-            "valid": valid.row(),
+            "valid": self._evaluate(bundle.model, data.valid, data),
             "valid_is_test": data.valid_is_test,
         }
         if index == len(self.recipe.stages) - 1 and data.test is not None:
-            test = evaluate(model, plain_loader(data.test, data, device=self.device), self.device)
-            row["test"] = test.row()
-        model.cpu()
-        totals = score(model, input_size=data.input_size).to_json()["totals"]
+            row["test"] = self._evaluate(bundle.model, data.test, data)
+        totals = score(bundle.model.cpu(), input_size=data.input_size).to_json()["totals"]
         row |= {name: totals[name] for name in ("params", "mults", "adds", "macs", "ops", "score")}
-        _, kwargs = bundles.describe_factory(self.recipe.model)
-        bundle = Bundle(
-            model=model,
-            factory=self.factory,
-            kwargs=kwargs | {"num_classes": data.num_classes},
-            classes=data.classes,
-            input_size=data.input_size,
-            mean=data.mean,
-            std=data.std,
-            history=[*read_rows(self.folder), row],
-            provenance=record,
-        )
+        bundle.history = [*read_rows(self.folder), row]
         bundles.save(bundle, place / "model.pth")
         if result.rows:
             write_csv(result.rows, place / "history.csv")
@@ -258,6 +251,9 @@ class _Run:
         row["file_bytes"] = (place / "model.pth").stat().st_size
         write_text(json.dumps(row, indent=1) + "\n", place / "row.json")
         (place / "checkpoint.pth").unlink(missing_ok=True)
+
+    def _evaluate(self, model: nn.Module, images: ImageSet, data: Data) -> dict[str, Any]:
+        return evaluate(model, plain_loader(images, data, device=self.device), self.device).row()
 
 
 def _listed(value: Any) -> Any:
@@ -276,4 +272,12 @@ def _tensorboard(place: Path) -> tuple[Callback, ...]:
         raise MicronetError(
             f"--tensorboard needs the package tensorboard: pip install tensorboard ({error})"
         ) from error
-    return (TensorBoardCallback(log_dir=place / "tensorboard", trace_model=False, log_preds=False),)
+
+    class TensorBoard(TensorBoardCallback):
+        """fastai's own; it logs every hyper-parameter, of which torch's optimizers have some that are no numbers."""
+
+        def after_batch(self) -> None:
+            self.writer.add_scalar("train_loss", self.learn.smooth_loss, self.learn.train_iter)
+            self.writer.add_scalar("lr_0", self.learn.opt.hypers[-1]["lr"], self.learn.train_iter)
+
+    return (TensorBoard(log_dir=place / "tensorboard", trace_model=False, log_preds=False),)

@@ -137,7 +137,7 @@ def test_same_seed_same_batch_and_images_differ_from_each_other(augment):
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("crop", -1), ("crop", 1.5), ("flip", 1.1), ("zoom", 0.9), ("rotate", -1), ("warp", 1.0), ("pad", "edge")]
+    [("crop", -1), ("crop", 1.5), ("flip", 1.1), ("zoom", 0.9), ("rotate", -1), ("warp", 0.5), ("pad", "edge")]
     + [("brightness", 2), ("contrast", 1), ("share", -0.1), ("cutout", True)],
 )
 def test_bad_ranges_are_named(argument, value):

@@ -13,7 +13,7 @@ from torch import nn
 
 import micronet.models as networks
 from micronet import Bundle, MicronetError, load, save
-from micronet.bundle import describe_factory, find_factory
+from micronet.factories import describe_factory, find_factory
 
 SMALL = {
     "wide_resnet": {"depth": 10, "width": 1},
@@ -111,6 +111,11 @@ def test_torchvision_and_timm_networks_load_by_name(tmp_path):
         assert torch.equal(load(tmp_path / "timm.pth").model(x), bundle.model(x))
 
 
+DETECTION = "torchvision.models.detection.faster_rcnn"
+MOBILENET = "torchvision.models.mobilenetv2:mobilenet_v2"
+REGNET = "torchvision.models.regnet:regnet_x_400mf"
+
+
 class Own(nn.Module):
     """A user's network."""
 
@@ -171,6 +176,17 @@ def written(path) -> None:
         (lambda p: (written(p), change(p, factory="torchvision.datasets:CIFAR10")), "not a network of micronet"),
         (lambda p: (written(p), change(p, factory="timm.models:load_checkpoint")), "not a network of micronet"),
         (lambda p: (written(p), change(p, kwargs={"checkpoint_path": "x"})), "would fetch something"),
+        (
+            lambda p: (written(p), change(p, factory=f"{DETECTION}:fasterrcnn_resnet50_fpn")),
+            "not a network of micronet",
+        ),
+        (lambda p: (written(p), change(p, input_size=[])), "its fields are not"),
+        (lambda p: (written(p), change(p, classes=[1])), "its fields are not"),
+        (lambda p: (written(p), change(p, std=[0.1, 0.0, 0.1])), "its fields are not"),
+        (lambda p: (written(p), change(p, mean=[0.1])), "its fields are not"),
+        (lambda p: (written(p), change(p, state={"x": torch.eye(2).to_sparse()})), "damaged"),
+        (lambda p: (written(p), change(p, factory=MOBILENET, kwargs={"round_nearest": 0})), "can't be built: .*zero"),
+        (lambda p: (written(p), change(p, factory=REGNET, kwargs={"block_width": 10**9})), "can't be built"),
     ],
 )
 def test_each_bad_file_has_a_line_of_its_own(spoil, says, tmp_path):
@@ -207,9 +223,17 @@ def test_damaged_bytes_give_a_clear_line_or_the_same_network(tmp_path, data):
 
 
 def test_timm_names_that_are_addresses_are_refused():
+    pytest.importorskip("timm", reason="the timm extra is not installed")
     for name in ("hf-hub:someone/model", "/tmp/x", "nothing_like_that"):
         with pytest.raises(MicronetError, match="not a network"):
             find_factory("timm.models._factory:create_model", {"model_name": name})
+
+
+def test_timm_models_of_their_own_name_take_no_other_name():
+    pytest.importorskip("timm", reason="the timm extra is not installed")
+    with pytest.raises(MicronetError, match="not a network"):
+        find_factory("timm.models.resnet:resnet18", {"model_name": "local-dir:/tmp/x"})
+    assert find_factory("timm.models.resnet:resnet18", {})(num_classes=2).num_classes == 2
 
 
 def test_what_cannot_be_stored_is_named_before_anything_is_trained():

@@ -124,12 +124,14 @@ def test_fetch_names_where_a_set_is(call):
         (("fit", QUICKSTART, "-s", "epochs=many"), "option epochs must be a whole number, got 'many'"),
         (("fit", QUICKSTART, "-s", "epochs=-3"), "epochs must be a whole number, at least 0"),
         (("fit", QUICKSTART, "--device", "tpu9"), "--device tpu9: not usable here"),
-        (("fit", QUICKSTART, "--data-dir", "nowhere"), "nowhere: no such folder"),
+        (("fit", QUICKSTART, "--data", "nowhere"), "nowhere: no such folder"),
         (("score", "nothing.pth"), "nothing.pth: no such file"),
         (("score", QUICKSTART), "not a model file of micronet"),
         (("score", "x.pth", "--factory", "f.py:make"), "no such file 'f.py'"),
         (("data", "fetch", "cifar1000"), "there is no data set 'cifar1000'"),
         (("data", "show", "cifar1000"), "no data set 'cifar1000'"),
+        (("evaluate", "nothing.pth", "--data", "digits"), "nothing.pth: no such file"),
+        (("lr-find", "recipes/resnet20_cifar10.py", "-s", "valid=0.0"), "valid must be"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_status_1(arguments, says, call, monkeypatch):
@@ -170,10 +172,27 @@ def test_evaluate_refuses_other_classes(trained, call, tmp_path):
     assert "are not the 2 of" in err
 
 
+def test_valid_is_what_the_networks_own_recipe_cut(trained, call, tmp_path):
+    status, out, _ = call(
+        "evaluate", trained / "model.pth", "--data", "digits", "--split", "valid", "-o", tmp_path / "c.png"
+    )
+    assert status == 0
+    assert " of 143 =" in out
+    from micronet import load, save
+
+    bundle = load(trained / "model.pth")
+    bundle.provenance = {}
+    save(bundle, tmp_path / "m.pth")
+    status, _, err = call("evaluate", tmp_path / "m.pth", "--data", "digits", "--split", "valid")
+    assert status == 1
+    assert "use --split test" in err
+
+
 def test_a_users_own_class_is_scored_with_a_factory(call, tmp_path):
     from functools import partial
 
-    from micronet.bundle import Bundle, describe_factory, save
+    from micronet.bundle import Bundle, save
+    from micronet.factories import describe_factory
 
     source = tmp_path / "mine.py"
     source.write_text(

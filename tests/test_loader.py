@@ -105,6 +105,16 @@ def test_show_batch_draws_as_many_images_as_asked(data):
     assert drawn[0].images[0].get_array().shape == (32, 32, 3)
 
 
+def test_the_set_is_moved_to_the_device_once(data):
+    loader = loaders(
+        data, device="cpu:0"
+    ).train  # a tensor that goes there says "cpu", as one sent to "cuda" says "cuda:0"
+    loader.one_batch()
+    store = loader._pixels()
+    loader.one_batch()
+    assert loader._pixels() is store
+
+
 def test_new_switches_augmentation_off_and_keeps_statistics(data):
     plain = loaders(data).train.new(shuffle=False)
     assert plain.augment is None

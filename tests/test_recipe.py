@@ -57,7 +57,15 @@ def test_two_stages_of_one_name_are_refused():
 
 
 def options(
-    *, n: int = 1, f: float = 0.5, b: bool = True, w: Literal["x", "y"] = "x", o: int | None = None, smoke=False
+    *,
+    n: int = 1,
+    f: float = 0.5,
+    b: bool = True,
+    w: Literal["x", "y"] = "x",
+    o: int | None = None,
+    t: str | None = None,
+    v: Literal["x"] | None = None,
+    smoke=False,
 ):
     """Stand-in for a recipe's signature."""
 
@@ -66,6 +74,10 @@ def options(
     ("name", "text", "value"),
     [
         ("n", "30", 30),
+        ("t", "none", None),
+        ("t", "some", "some"),
+        ("v", "x", "x"),
+        ("v", "none", None),
         ("f", "1e-3", 1e-3),
         ("b", "false", False),
         ("b", "1", True),
@@ -82,7 +94,7 @@ def test_options_become_what_the_annotation_says(name, text, value):
     ("name", "text", "says"),
     [("n", "1.5", "a whole number"), ("f", "x", "a number"), ("b", "maybe", "true or false"), ("w", "z", "one of x, y")]
     + [
-        ("m", "1", "no option 'm'; it has n, f, b, w, o"),
+        ("m", "1", "no option 'm'; it has n, f, b, w, o, t, v"),
         ("smoke", "true", "no option"),
         ("o", "q", "whole number or none"),
     ],
@@ -100,11 +112,16 @@ def test_wrong_options_say_what_is_allowed(name, text, says):
         ("x = 1\n", "defines no function recipe"),
         ("def recipe(*, epochs=1):\n    return 1\n", "must take the keyword argument smoke"),
         ("def recipe(*, smoke=False):\n    return 1\n", "must return a micronet.Recipe, got int"),
-        ("def recipe(*, smoke=False):\n    raise ValueError('lr must be above 0')\n", "lr must be above 0"),
+        (
+            "def recipe(*, smoke=False):\n    raise ValueError('lr must be above 0')\n",
+            ":2: ValueError: lr must be above 0",
+        ),
+        ("def recipe(*, smoke=False):\n    return 1 / 0\n", ":2: ZeroDivisionError"),
     ],
 )
-def test_a_wrong_recipe_file_is_one_line(text, says, tmp_path):
-    file = tmp_path / "r.py"
+def test_a_wrong_recipe_file_is_one_line(text, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = Path("r.py")  # relative, as users name it
     file.write_text(text)
     with pytest.raises(MicronetError, match=says) as caught:
         load_recipe(file)

@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import itertools
 import json
 import os
 import signal
@@ -121,6 +122,61 @@ def test_sigkill_in_the_middle_of_a_real_run(name, options, tmp_path, archive):
     assert torch.equal(weights(tmp_path / "killed" / "model.pth"), weights(tmp_path / "whole" / "model.pth"))
 
 
+@pytest.mark.parametrize("cbs", [(), (partial(MixUp, 0.4),)], ids=["plain", "mixup"])
+def test_a_fit_that_stopped_early_is_finished_by_the_next_command(cbs, tmp_path, monkeypatch):
+    """Nothing improves at so small a learning rate; the process dies between the last epoch and the stage's files."""
+    stage = Fit("train", epochs=9, lr=1e-12, schedule=MultiStep(), early_stop=2, bf16=False, cbs=cbs)
+    options = RunOptions(limit=64)
+    run(recipe(stage), tmp_path / "whole", options)
+    row = read_rows(tmp_path / "whole")[0]
+    assert 3 <= row["epochs"] < 9
+    module = importlib.import_module("micronet.run")
+
+    def die(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Run, "_measure", die)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe(stage), tmp_path / "parts", options)
+    run(recipe(stage), tmp_path / "parts", options)
+    assert read_rows(tmp_path / "parts")[0]["epochs"] == row["epochs"]
+    assert torch.equal(weights(tmp_path / "whole" / "model.pth"), weights(tmp_path / "parts" / "model.pth"))
+
+
+def test_a_kill_before_any_file_is_written_whole_loses_nothing(tmp_path, monkeypatch):
+    """Every file comes into its place by one renaming: die before each of them in turn, then go on."""
+    stages = (Fit("first", epochs=2, lr=0.05, ema=0.9), Fit("second", epochs=1, lr=0.01))
+    options = RunOptions(limit=32)
+    run(recipe(*stages), tmp_path / "whole", options, source=ROOT / "recipes" / "quickstart.py")
+    rename = Path.replace
+
+    class Killed(BaseException):
+        pass
+
+    for fatal in itertools.count():
+        folder = tmp_path / f"killed at {fatal}"
+        written = itertools.count()
+
+        def kill(self, target, fatal=fatal, written=written):
+            if next(written) == fatal:
+                raise Killed
+            return rename(self, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", kill)
+            try:
+                run(recipe(*stages), folder, options, source=ROOT / "recipes" / "quickstart.py")
+                break
+            except Killed:
+                pass
+        run(recipe(*stages), folder, options, source=ROOT / "recipes" / "quickstart.py")
+        assert torch.equal(weights(tmp_path / "whole" / "model.pth"), weights(folder / "model.pth")), folder
+        files = [sorted(str(f.relative_to(root)) for f in root.rglob("*")) for root in (tmp_path / "whole", folder)]
+        assert files[0] == files[1]
+    assert fatal >= 18  # run.json, recipe.py, and for each stage checkpoints, model twice, history, two plots, row; ...
+
+
 def test_stages_follow_each_other_and_a_second_run_changes_nothing(tmp_path):
     stages = (Fit("first", epochs=1, lr=0.05), Fit("second", epochs=1, lr=0.01, batch_size=16))
     folder = tmp_path / "run"
@@ -187,6 +243,20 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(MicronetError, match="leaves it alone"):
         set_aside(tmp_path)
     assert (tmp_path / "thesis.txt").exists()
+
+
+def test_a_run_that_failed_on_its_first_values_does_not_hold_the_folder(tmp_path):
+    with pytest.raises(MicronetError, match="batch_size"):
+        run(Recipe(partial(digits, batch_size=0), SMALL, (Fit("t", epochs=0),)), tmp_path / "run", RunOptions(limit=32))
+    run(Recipe(partial(digits, batch_size=8), SMALL, (Fit("t", epochs=0),)), tmp_path / "run", RunOptions(limit=32))
+
+
+@pytest.mark.parametrize("text", ["{}", "{", "[1]"])
+def test_a_damaged_record_is_said(text, tmp_path):
+    run(recipe(Fit("train", epochs=0)), tmp_path, RunOptions(limit=32))
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(MicronetError, match=r"run\.json: damaged"):
+        run(recipe(Fit("train", epochs=0)), tmp_path, RunOptions(limit=32))
 
 
 def test_fresh_moves_the_earlier_run_and_deletes_nothing(tmp_path):
@@ -290,6 +360,12 @@ def test_one_cycle_is_fastais_and_others_follow_their_schedule():
             assert rates[-1] < 0.1 * 0.2
         else:
             assert rates == pytest.approx([0.1] * 2 * steps + [0.01] * 2 * steps)
+
+
+@pytest.mark.slow
+def test_a_compiled_fit_leaves_a_plain_network(tmp_path):
+    bundle = run(recipe(Fit("train", epochs=1, lr=0.01, compile=True)), tmp_path, RunOptions(limit=48))
+    assert list(bundle.model.state_dict()) == list(SMALL(num_classes=10).state_dict())
 
 
 @pytest.mark.parametrize("name", networks.__all__)

@@ -23,7 +23,7 @@ class Augment:
         flip: probability of a horizontal flip, in [0, 1].
         zoom: largest magnification about the centre, at least 1; drawn log-uniformly in [1, zoom].
         rotate: largest rotation, degrees each way, in [0, 180].
-        warp: largest symmetric warp (a tilt about each axis), in [0, 1): one edge grows by that share, the other
+        warp: largest symmetric warp (a tilt about each axis), in [0, 0.5): one edge grows by that share, the other
             shrinks.
         brightness: largest shift of brightness, in [0, 1], as a fraction of full scale.
         contrast: largest change of contrast, in [0, 1): a factor drawn log-uniformly in [1 - contrast, 1 / (1 -
@@ -58,7 +58,7 @@ class Augment:
             "flip": (0, 1),
             "zoom": (1, 10),
             "rotate": (0, 180),
-            "warp": (0, 0.99),
+            "warp": (0, 0.49),  # from 0.5 on, two tilts together fold the image over
             "brightness": (0, 1),
             "contrast": (0, 0.99),
             "share": (0, 1),

@@ -57,6 +57,7 @@ class BatchLoader(DataLoader):
         self.mean, self.std, self.augment, self.classes = mean, std, augment, classes
         self.seed, self.epoch = seed, epoch
         self._store: Tensor | None = None
+        self._stored_for: Any = None
 
     def get_idxs(self) -> list[int]:
         """Indices of the next pass, in its order."""
@@ -70,8 +71,8 @@ class BatchLoader(DataLoader):
 
     def _pixels(self) -> Tensor:
         """The whole set on the device, uint8 (N, H + 2 crop, W + 2 crop, 3): padded and moved once."""
-        device = torch.device(self.device)
-        if self._store is None or self._store.device != device:
+        # Compared as it was asked for: a tensor sent to "cuda" says that it is on "cuda:0".
+        if self._store is None or self._stored_for != self.device:
             pixels = self.dataset.images.permute(0, 2, 3, 1)
             crop = self.augment.crop if self.augment else 0
             if crop and self.augment.pad == "reflect":
@@ -79,7 +80,7 @@ class BatchLoader(DataLoader):
                 pixels = pixels[:, rows][:, :, _reflected(pixels.shape[2], crop)]
             elif crop:
                 pixels = F.pad(pixels, (0, 0, crop, crop, crop, crop))
-            self._store = pixels.to(device).contiguous()
+            self._store, self._stored_for = pixels.to(self.device).contiguous(), self.device
         return self._store
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,25 +1,27 @@
 """Finding a data set by what a user types."""
 
 from pathlib import Path
+from typing import Any
 
 from micronet.data.sources import cifar10, cifar100, digits, image_folder
 from micronet.data.splits import Data
 from micronet.errors import MicronetError
 
 
-def by_name(name: str, size: int = 32) -> Data:
+def by_name(name: str, size: int = 32, **cut: Any) -> Data:
     """Load one of the known data sets, or an image folder.
 
     Args:
         name: digits, cifar10, cifar100, or the path of a folder of images.
         size: height and width, pixels, for a folder's images.
+        **cut: `valid` and `split_seed`, as the data sets' functions take them.
 
     Raises:
         MicronetError: neither a known name nor a folder.
     """
     known = {"digits": digits, "cifar10": cifar10, "cifar100": cifar100}
     if name in known:
-        return known[name]()
+        return known[name](**cut)
     if not Path(name).is_dir():
         raise MicronetError(f"no data set {name!r}: give {', '.join(known)}, or the path of an image folder")
-    return image_folder(name, size=size)
+    return image_folder(name, size=size, **cut)
