@@ -176,6 +176,7 @@ class _Run:
         fit, place = self.recipe.stages[index], self._place(index)
         if (place / "row.json").exists() and (place / "model.pth").exists():
             self.console.print(f"stage {fit.name}: done before", highlight=False)
+            (place / "checkpoint.pth").unlink(missing_ok=True)  # a kill after the last file can leave it
             return place
         # A stage's draws depend on its number, not on what was drawn before: so does a resumed one's.
         seed = self.options.seed * 1000 + index

@@ -1,7 +1,8 @@
 """WRN-22-6 on CIFAR-100 by one-cycle, mixup and six augmentations: the fastai entry to the MicroNet Challenge 2019.
 
-Result: not run yet.
-Cost: not measured yet.
+Result: 2 epochs (-s epochs=2), seed 0: 25.58 % top-1 (2,558 of 10,000 test images), 55.18 % top-5; validation 25.54 %
+    (1,277 of 5,000). 9,693,108 parameters, score 0.4634393 (seed rules). The full 200 epochs: not run yet.
+Cost: 452 s an epoch of 45,000 images on 2 cores of an Intel Xeon with AMX (bf16, torch 2.14.1); on a GPU: not measured.
 Run: micronet fit recipes/wrn_cifar100.py
      micronet fit recipes/wrn_cifar100.py -s epochs=30 -o runs/wrn_short
 Source: a MicroNet Challenge entry on fastai: 600 epochs, over 80 % top-1, 9,693,108 parameters, score 0.46343. Crop

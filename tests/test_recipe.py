@@ -142,6 +142,10 @@ def test_recipe_headers_say_result_cost_run_and_source(file):
     assert len(text.splitlines()) <= 80
 
 
+def test_the_readmes_recipe_is_the_file():
+    assert (ROOT / "recipes" / "resnet20_cifar10.py").read_text().strip() in (ROOT / "README.md").read_text()
+
+
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_every_recipe_file_runs_all_its_stages(file, tmp_path, real):
     recipe = load_recipe(file, smoke=True)

@@ -20,8 +20,9 @@ from torchvision import models
 from callbacks import op_counter
 from callbacks.op_counter import OpCounter
 from callbacks.op_trace import count_ops, seed_score, total_params
-from micronet.bundle import Bundle, describe_factory, save
+from micronet.bundle import Bundle, save
 from micronet.errors import MicronetError
+from micronet.factories import describe_factory
 from micronet.models import preact_resnet18, resnet18, resnet20, wide_resnet
 from micronet.score import score, seed
 
