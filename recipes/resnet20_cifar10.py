@@ -36,7 +36,8 @@ def recipe(
     """
     epochs = 1 if smoke else epochs
     if schedule == "one_cycle":
-        way = partial(Fit, schedule=OneCycle(), lr=lr, wd=5e-4, ema=0.998, keep="last")
+        # Half the source's batch: in so few epochs the network gains more from steps than it loses to their noise.
+        way = partial(Fit, schedule=OneCycle(), lr=lr, batch_size=64, wd=5e-4, ema=0.999, keep="last")
     else:
         steps = MultiStep(milestones=(40 / 70, 60 / 70), gamma=0.1)
         way = partial(Fit, schedule=steps, lr=lr, wd=1e-5)
