@@ -6,6 +6,7 @@ no code of the file's runs; `write_atomically` writes it, so that a kill in the 
 Source: Python's documentation of `os.replace`: the renaming is atomic, as POSIX demands, within one file system.
 """
 
+import io
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -46,6 +47,9 @@ def whole_or_absent(path: str | Path) -> Iterator[Path]:
         with beside.open("rb+") as file:
             os.fsync(file.fileno())
         beside.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a failed write, unlike a failed opening, does not say of what
+        raise
     finally:
         beside.unlink(missing_ok=True)
 
@@ -57,5 +61,8 @@ def write_atomically(value: Any, path: str | Path) -> None:
         value: tensors and plain containers.
         path: the file; its folder must exist.
     """
-    with whole_or_absent(path) as beside, beside.open("wb") as file:
-        torch.save(value, file)
+    # By way of memory: a full disk met by torch's own writer is a RuntimeError that does not say so.
+    content = io.BytesIO()
+    torch.save(value, content)
+    with whole_or_absent(path) as beside:
+        beside.write_bytes(content.getbuffer())

@@ -4,6 +4,7 @@ import contextlib
 import os
 import pickle
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -250,12 +251,15 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     save(small(), path)
     before = path.read_bytes()
 
-    def full_disk(*args, **kwargs):
-        args[1].write(b"half")
+    write = Path.write_bytes
+
+    def full_disk(self, content):
+        write(self, content[:1000])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(OSError, match="No space left") as caught:
         save(small(), path)
+    assert caught.value.filename == str(path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["model.pth"]
