@@ -74,6 +74,8 @@ class Checkpoint(Callback):
         learn = self.learn
         learn.model.load_state_dict(state["model"])
         learn.opt.load_state_dict(state["optimizer"])
+        for parameter, kept in learn.opt.state.items():  # fastai's own optimizers leave it where it was read to
+            kept.update({k: v.to(parameter.device) for k, v in kept.items() if isinstance(v, Tensor)})
         learn.recorder.smooth_loss.count, learn.recorder.smooth_loss.val = state["smooth_loss"]
         learn.recorder.lrs[:] = state["lrs"].tolist()
         learn.recorder.losses[:] = list(state["losses"])

@@ -48,7 +48,7 @@ def whole_or_absent(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         beside.replace(path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a failed write, unlike a failed opening, does not say of what
+        error.filename = str(path)  # a failed write does not say of what, a failed opening names the place beside
         raise
     finally:
         beside.unlink(missing_ok=True)

@@ -71,7 +71,7 @@ def _console() -> "Console":
 def _use_data(folder: Path | None) -> None:
     if folder is not None:
         if not folder.exists():
-            raise MicronetError(f"{folder}: no such folder or archive (named by --data or MICRONET_DATA)")
+            raise MicronetError(f"{folder}: no such folder or archive (where the data should lie)")
         os.environ["MICRONET_DATA"] = str(folder)
 
 
@@ -97,15 +97,15 @@ def _settings(settings: list[str] | None) -> dict[str, str]:
 def _factory(name: str | None) -> Any:
     if name is None:
         return None
-    import importlib.util
+    from micronet.recipe import run_file
 
     file, _, function = name.rpartition(":")
     if not file or not Path(file).is_file():
         raise MicronetError(f"--factory {name}: wants FILE:NAME, and no such file {file!r}")
+    if not file.endswith(".py"):
+        raise MicronetError(f"--factory {name}: {file} is not a Python file, whose name ends in .py")
     print(f"micronet: running the code of {file}, as --factory asks", file=sys.stderr)
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = run_file(Path(file))
     if not callable(getattr(module, function, None)):
         raise MicronetError(f"--factory {name}: {file} defines no function {function}")
     return getattr(module, function)
@@ -204,9 +204,11 @@ def _split_of(bundle: "Bundle", model: Path, data: str, split: str) -> dict[str,
     """How the network's own recipe cut valid from train: cut otherwise, most of valid would be what it trained on."""
     if split == "test":
         return {}
-    used = bundle.provenance.get("resolved", {}).get("recipe", {}).get("data", {})
-    used = used if isinstance(used, dict) else {"call": used}
-    known = used.get("call", "").rpartition(":")[2]
+    used: Any = bundle.provenance
+    for part in ("resolved", "recipe", "data"):
+        used = used.get(part) if isinstance(used, dict) else None
+    used = used if isinstance(used, dict) else {"call": used}  # a source without arguments is its name alone
+    known = str(used.get("call")).rpartition(":")[2]
     if known != data and not (known == "image_folder" and Path(data).is_dir()):
         raise MicronetError(
             f"{model}: its file does not say which images of {data} it was trained on, so that --split {split} "
@@ -248,6 +250,11 @@ def evaluate(
 
     bundle = load(model, factory=_factory(factory))
     images = by_name(data, size=bundle.input_size[1], **_split_of(bundle, model, data, split))
+    if images.input_size != bundle.input_size:
+        raise MicronetError(
+            f"{model}: takes images of {'x'.join(map(str, bundle.input_size))} (channels, height, width), "
+            f"those of {data} are {'x'.join(map(str, images.input_size))}"
+        )
     if images.classes != bundle.classes:
         raise MicronetError(
             f"{model}: its {len(bundle.classes)} classes ({', '.join(bundle.classes[:3])}, ...) are not the "
@@ -342,6 +349,7 @@ def data_show(
     if plain:
         chosen = replace(chosen, augment=None)
     new_figure()  # sets a backend that opens no window
-    loader = loaders(replace(chosen, batch_size=min(images, len(chosen.train))), seed=seed).train
+    with blaming(name):
+        loader = loaders(replace(chosen, batch_size=min(images, len(chosen.train))), seed=seed).train
     save_figure(loader.show_batch(max_n=images, show=False), out)
     _console().print(f"{min(images, len(chosen.train))} training images of {chosen.name}: {out}")

@@ -50,7 +50,8 @@ def describe_factory(build: Callable[..., nn.Module]) -> tuple[str, dict[str, An
     name = getattr(build, "__qualname__", "<lambda>")
     if "<" in name:
         raise MicronetError("model: use a named function or functools.partial of one: a lambda can't be stored")
-    kept = {key: value for key, value in kwargs.items() if key not in _FETCH}
+    fetches = _FETCH if build.__module__.partition(".")[0] in ("torchvision", "timm") else frozenset()
+    kept = {key: value for key, value in kwargs.items() if key not in fetches}
     for key, value in kept.items():
         if not is_plain(value):
             raise MicronetError(f"model: argument {key} of {name} must be numbers and text to be stored, got {value!r}")

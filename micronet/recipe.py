@@ -148,7 +148,24 @@ def _recipe_function(path: Path) -> Callable[..., Recipe]:
         raise MicronetError(f"{path}: no such recipe file{hint}")
     if path.suffix != ".py":
         raise MicronetError(f"{path}: a recipe is a Python file, its name ends in .py")
-    name = f"micronet_recipe_{re.sub(r'[^0-9A-Za-z_]', '_', path.stem)}"
+    function = getattr(run_file(path), "recipe", None)
+    if not callable(function):
+        raise MicronetError(f"{path}: defines no function recipe(*, ..., smoke=False) that returns a Recipe")
+    if "smoke" not in inspect.signature(function).parameters:
+        raise MicronetError(f"{path}: recipe() must take the keyword argument smoke=False")
+    return function
+
+
+def run_file(path: Path) -> types.ModuleType:
+    """Run a Python file of the user's, and give what it defines.
+
+    Args:
+        path: the file; its name ends in `.py`.
+
+    Raises:
+        MicronetError: an error in it.
+    """
+    name = f"micronet_file_{re.sub(r'[^0-9A-Za-z_]', '_', path.stem)}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and type hints of the file look their module up here
@@ -156,12 +173,7 @@ def _recipe_function(path: Path) -> Callable[..., Recipe]:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the user's file raises is about the user's file
         raise MicronetError(_about_file(error, path)) from error
-    function = getattr(module, "recipe", None)
-    if not callable(function):
-        raise MicronetError(f"{path}: defines no function recipe(*, ..., smoke=False) that returns a Recipe")
-    if "smoke" not in inspect.signature(function).parameters:
-        raise MicronetError(f"{path}: recipe() must take the keyword argument smoke=False")
-    return function
+    return module
 
 
 def _about_file(error: BaseException, path: Path) -> str:
@@ -187,11 +199,13 @@ def blaming(where: Any) -> Iterator[None]:
         where: named in the message.
 
     Raises:
-        MicronetError: what ran inside raised ValueError or TypeError.
+        MicronetError: what ran inside raised anything but an error of the system's (`OSError`).
     """
     try:
         yield
-    except (ValueError, TypeError) as error:
+    except (MicronetError, OSError):
+        raise
+    except Exception as error:  # a user's network or data can fail in any way, timm's names with RuntimeError
         raise MicronetError(f"{where}: {_first_line(error)}") from error
 
 

@@ -57,7 +57,7 @@ def save_figure(figure: "Figure", path: str | Path) -> None:
 
     try:
         with whole_or_absent(path) as beside:
-            figure.savefig(beside, dpi=120)
+            figure.savefig(beside, format="png", dpi=120)
     finally:
         plt.close(figure)
 

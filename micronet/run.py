@@ -129,12 +129,14 @@ class _Run:
             "source": self.source.name if self.source else None,
             "git": git_state(self.source.parent if self.source else Path.cwd()),
         }
-        # A record without a stage is of a run that failed on its first values: the mended one takes its place.
-        if file.exists() and any(self.folder.glob("*-*/")):
+        if file.exists():
             try:
-                return self._compare(json.loads(file.read_text()), now)
+                then = json.loads(file.read_text())
+                # A record without a stage is of a run that failed on its first values: the mended one takes its place.
+                if then["resolved"] and any(self.folder.glob("*-*/")):
+                    return self._compare(then, now)
             except (ValueError, KeyError, TypeError) as error:
-                raise MicronetError(f"{file}: damaged ({error!r}); start over with --fresh") from error
+                raise MicronetError(f"{file}: damaged ({error!r}), or not a run's; start over with --fresh") from error
         write_text(json.dumps(now, indent=1) + "\n", file)
         if self.source:
             copy_file(self.source, self.folder / "recipe.py")
@@ -217,7 +219,10 @@ class _Run:
         )
 
     def _measure(self, index: int, model: nn.Module, data: Data, result: FitResult, record: dict[str, Any]) -> None:
-        """Write the stage's files; row.json comes last and marks the stage as done."""
+        """Write the stage's files; row.json comes last and marks the stage as done.
+
+        The row inside the file cannot say how large the file is; row.json does.
+        """
         fit, place = self.recipe.stages[index], self._place(index)
         bundle = Bundle(
             model=model.to("cpu", memory_format=torch.contiguous_format),

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import micronet.models as networks
-from micronet import Bundle, MicronetError, load, save
+from micronet import Bundle, MicronetError, evaluate, load, save
+from micronet.data import cifar10, plain_loader
 from micronet.factories import describe_factory, find_factory
 
 SMALL = {
@@ -134,6 +135,36 @@ def test_a_users_class_needs_a_factory(tmp_path):
     assert torch.equal(again.model.fc.weight, bundle.model.fc.weight)
 
 
+class Measured(nn.Module):
+    """A user's network that computes with its own weights while it is built."""
+
+    def __init__(self, num_classes: int, depth: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, int(torch.ones(num_classes).sum().item()) * depth)
+
+
+def test_a_trusted_factory_may_compute_while_it_builds(tmp_path):
+    bundle = bundle_of(partial(Measured, num_classes=3, depth=2))
+    save(bundle, tmp_path / "model.pth")
+    assert torch.equal(load(tmp_path / "model.pth", factory=Measured).model.fc.weight, bundle.model.fc.weight)
+
+
+def test_whole_numbers_for_statistics_are_stored_as_they_are_read(tmp_path):
+    save(bundle_of(partial(networks.resnet20, num_classes=3), mean=(0, 0, 0), std=(1, 1, 1)), tmp_path / "model.pth")
+    assert load(tmp_path / "model.pth").std == (1.0, 1.0, 1.0)
+
+
+def test_the_committed_network_answers_as_its_readme_says(real):
+    path = Path(__file__).parent / "data" / "resnet20_cifar10.pth"
+    assert path.stat().st_size < 600_000
+    bundle = load(path)
+    assert bundle.history[-1]["test"]["top1_count"] == 9039
+    data = real(cifar10)
+    result = evaluate(bundle.model, plain_loader(data.test, data))
+    assert bundle.classes == data.classes
+    assert result.top1_count == pytest.approx(9038, abs=5)  # another CPU rounds otherwise
+
+
 class Hostile:
     """Runs a command when unpickled."""
 
@@ -183,6 +214,11 @@ def written(path) -> None:
         ),
         (lambda p: (written(p), change(p, input_size=[])), "its fields are not"),
         (lambda p: (written(p), change(p, classes=[1])), "its fields are not"),
+        (
+            lambda p: (written(p), change(p, state={"x": torch.empty(10**6, 10**6, device="meta")})),
+            "its fields are not",
+        ),
+        (lambda p: (written(p), change(p, state={"x": torch.zeros(1).expand(10**6, 10**6)})), "its fields are not"),
         (lambda p: (written(p), change(p, std=[0.1, 0.0, 0.1])), "its fields are not"),
         (lambda p: (written(p), change(p, mean=[0.1])), "its fields are not"),
         (lambda p: (written(p), change(p, state={"x": torch.eye(2).to_sparse()})), "damaged"),

@@ -104,9 +104,9 @@ def test_lr_find_suggests_and_draws(call, tmp_path):
 
 def test_data_show_draws_a_recipes_images(call, tmp_path):
     for arguments in ((QUICKSTART,), ("digits", "--plain", "-n", "9")):
-        status, _, _ = call("data", "show", *arguments, "-o", tmp_path / "grid.png")
+        status, _, _ = call("data", "show", *arguments, "-o", tmp_path / "grid")  # whatever the name, a PNG
         assert status == 0
-        assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / "grid").read_bytes().startswith(b"\x89PNG")
 
 
 def test_fetch_names_where_a_set_is(call):
@@ -131,6 +131,8 @@ def test_fetch_names_where_a_set_is(call):
         (("data", "fetch", "cifar1000"), "there is no data set 'cifar1000'"),
         (("data", "show", "cifar1000"), "no data set 'cifar1000'"),
         (("evaluate", "nothing.pth", "--data", "digits"), "nothing.pth: no such file"),
+        (("data", "show", "digits", "-o", "nowhere/g"), "nowhere/g: No such file or directory"),
+        (("score", "x.pth", "--factory", "README.md:make"), "README.md is not a Python file"),
         (("lr-find", "recipes/resnet20_cifar10.py", "-s", "valid=0.0"), "valid must be"),
     ],
 )

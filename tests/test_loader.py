@@ -61,6 +61,11 @@ def test_a_pass_depends_on_seed_and_epoch_alone(data):
     assert not torch.equal(passes[0][0][0], loaders(data, seed=2).train.one_batch()[0])
 
 
+def test_seeds_give_orders_of_their_own(data):
+    orders = {tuple(loaders(data, seed=seed).train.get_idxs()) for seed in [*range(32), *range(0, 64_000, 1000)]}
+    assert len(orders) == 32 + 63
+
+
 def test_zero_padding_shows_black_at_a_shifted_border():
     shown = digits(batch_size=64, augment=Augment(crop=4, pad="zeros"))
     bright = Data(**{**vars(shown), "train": type(shown.train)(shown.train.images | 255, shown.train.labels)})

@@ -16,6 +16,7 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
+from fastai.optimizer import Adam
 from rich.console import Console
 
 import micronet.models as networks
@@ -35,6 +36,13 @@ def recipe(*stages: Fit, model=SMALL) -> Recipe:
 
 def weights(path: Path) -> torch.Tensor:
     return torch.cat([value.flatten().double() for value in load(path).model.state_dict().values()])
+
+
+class Unbuildable(torch.nn.Module):
+    """A network that fails in its own way."""
+
+    def __init__(self, num_classes: int) -> None:
+        raise RuntimeError("no such thing")
 
 
 class StopAt(Callback):
@@ -57,6 +65,7 @@ WAYS = {
     | {"grad_clip": 1.0, "wd_bn_bias": False},
     "steps, adam, last": {"schedule": MultiStep(), "opt": adam(), "lr": 1e-3, "keep": "last", "label_smoothing": 0.1},
     "early stopping": {"schedule": MultiStep(milestones=(0.25, 0.5)), "early_stop": 2, "bf16": False},
+    "fastai's own Adam": {"schedule": OneCycle(), "opt": Adam, "lr": 1e-3},
     "score column": {"schedule": OneCycle(), "cbs": (OpCounter,), "lr": 0.02},
 }
 
@@ -283,6 +292,7 @@ def test_two_commands_on_one_folder(tmp_path):
     [
         (Recipe(partial(digits, batch_size=0), SMALL, (Fit("t", epochs=1),)), "data: batch_size"),
         (Recipe(partial(digits, augment=Augment(crop=40)), SMALL, (Fit("t", epochs=1),)), "stage t: crop must be"),
+        (Recipe(digits, Unbuildable, (Fit("t", epochs=1),)), "stage t: no such thing"),
         (Recipe(digits, partial(SMALL, conv="round"), (Fit("t", epochs=1),)), "stage t: conv"),
         (Recipe(digits, partial(torch.nn.Linear, in_features=3), (Fit("t", epochs=1),)), "stage t: .*num_classes"),
     ],

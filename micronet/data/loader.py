@@ -66,8 +66,10 @@ class BatchLoader(DataLoader):
         return torch.randperm(self.n, generator=self._generator("cpu", stream=0)).tolist()
 
     def _generator(self, device: Any, stream: int) -> torch.Generator:
-        # Order (stream 0) and augmentation (stream 1) draw apart, for 2^24 passes before a seed meets the next seed's.
-        return torch.Generator(device).manual_seed(2 * ((self.seed << 24) + self.epoch) + stream)
+        # Order (stream 0) and augmentation (stream 1) draw apart. torch's CPU generator keeps 32 bits of a seed:
+        # Knuth's factor (odd, 2^32 / phi) spreads the seeds over all of them, so that no two begin alike.
+        spread = self.seed * 0x9E3779B1 + 2 * self.epoch + stream
+        return torch.Generator(device).manual_seed(spread % 2**32)
 
     def _pixels(self) -> Tensor:
         """The whole set on the device, uint8 (N, H + 2 crop, W + 2 crop, 3): padded and moved once."""
