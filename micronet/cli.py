@@ -1,19 +1,28 @@
 """The command line: parse, call, print. torch and fastai are imported inside the commands only."""
 
-import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
+from micronet.cli_options import (
+    DataFolder,
+    Device,
+    Factory,
+    ModelFile,
+    RecipeFile,
+    Seed,
+    Settings,
+    check_device,
+    find_users_factory,
+    make_console,
+    parse_settings,
+    split_of,
+    use_data,
+)
 from micronet.errors import MicronetError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from micronet.bundle import Bundle
 
 app = typer.Typer(
     help="Train small image classifiers, compress them, and count what they cost.",
@@ -24,23 +33,6 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Fetch and look at data sets.", no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(data_app, name="data")
-
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a Python file.", show_default=False)]
-ModelFile = Annotated[Path, typer.Argument(metavar="MODEL", help="A model.pth.", show_default=False)]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", metavar="NAME=VALUE", help="An option of the recipe; may be given again."),
-]
-DataFolder = Annotated[
-    Path | None,
-    typer.Option("--data", "-d", metavar="DIR", envvar="MICRONET_DATA", help="Where the data set or its .tgz lies."),
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by default a GPU where there is one.")]
-Seed = Annotated[int, typer.Option(min=0, max=10**8, help="Of all that is drawn.")]
-Factory = Annotated[
-    str | None,
-    typer.Option(metavar="FILE:NAME", help="Build the network with this function of yours. Runs the file's code."),
-]
 
 
 def main() -> None:
@@ -59,56 +51,6 @@ def main() -> None:
     except KeyboardInterrupt:
         print("\nmicronet: interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def _console() -> "Console":
-    from rich.console import Console
-
-    # Into a file or a pipe nothing is folded or cut.
-    return Console() if sys.stdout.isatty() else Console(width=200, soft_wrap=True)
-
-
-def _use_data(folder: Path | None) -> None:
-    if folder is not None:
-        if not folder.exists():
-            raise MicronetError(f"{folder}: no such folder or archive (where the data should lie)")
-        os.environ["MICRONET_DATA"] = str(folder)
-
-
-def _check_device(name: str | None) -> None:
-    import torch
-
-    if name is None:
-        return
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise MicronetError(f"--device {name}: not usable here: {str(error).splitlines()[0]}") from error
-
-
-def _settings(settings: list[str] | None) -> dict[str, str]:
-    pairs = [setting.partition("=") for setting in settings or []]
-    for name, equals, value in pairs:
-        if not equals:
-            raise typer.BadParameter(f"-s wants NAME=VALUE, got {name!r}{value}")
-    return {name: value for name, _, value in pairs}
-
-
-def _factory(name: str | None) -> Any:
-    if name is None:
-        return None
-    from micronet.recipe import run_file
-
-    file, _, function = name.rpartition(":")
-    if not file or not Path(file).is_file():
-        raise MicronetError(f"--factory {name}: wants FILE:NAME, and no such file {file!r}")
-    if not file.endswith(".py"):
-        raise MicronetError(f"--factory {name}: {file} is not a Python file, whose name ends in .py")
-    print(f"micronet: running the code of {file}, as --factory asks", file=sys.stderr)
-    module = run_file(Path(file))
-    if not callable(getattr(module, function, None)):
-        raise MicronetError(f"--factory {name}: {file} defines no function {function}")
-    return getattr(module, function)
 
 
 @app.command()
@@ -132,13 +74,13 @@ def fit(
 
     Example: `micronet fit recipes/wrn_cifar100.py -s epochs=30 -o runs/short`
     """
-    given = _settings(settings)
+    given = parse_settings(settings)
     if not recipe.is_file():
         from micronet.recipe import load_recipe
 
         load_recipe(recipe)  # says what is wrong before anything slow is imported
-    _use_data(data_dir)
-    _check_device(device)
+    use_data(data_dir)
+    check_device(device)
     from micronet.folder import read_rows, set_aside
     from micronet.recipe import load_recipe
     from micronet.report import stages_table
@@ -146,7 +88,7 @@ def fit(
 
     plan = load_recipe(recipe, given, smoke=smoke)
     folder = out or Path("runs") / (f"{recipe.stem}-smoke" if smoke else recipe.stem)
-    console = _console()
+    console = make_console()
     if fresh and (moved := set_aside(folder)):
         console.print(f"moved the earlier run to {moved}")
     options = RunOptions(seed=seed, limit=limit, device=device, smoke=smoke, tensorboard=tensorboard)
@@ -178,7 +120,7 @@ def score(
     from micronet.bundle import load
     from micronet.score import score as score_model
 
-    build = _factory(factory)
+    build = find_users_factory(factory)
     bundle = load(model, factory=build)
     result = replace(score_model(bundle.model, input_size=bundle.input_size), model=str(model))
     if json:
@@ -188,7 +130,7 @@ def score(
         return
     from micronet.report import score_table, totals_table
 
-    console = _console()
+    console = make_console()
     console.print(score_table(result))
     console.print(totals_table(result))
     rules = result.rules
@@ -198,23 +140,6 @@ def score(
         f"       = {result.score_params:.7f} + {result.score_ops:.7f} = [bold]{result.score:.7f}[/bold]",
         highlight=False,
     )
-
-
-def _split_of(bundle: "Bundle", model: Path, data: str, split: str) -> dict[str, Any]:
-    """How the network's own recipe cut valid from train: cut otherwise, most of valid would be what it trained on."""
-    if split == "test":
-        return {}
-    used: Any = bundle.provenance
-    for part in ("resolved", "recipe", "data"):
-        used = used.get(part) if isinstance(used, dict) else None
-    used = used if isinstance(used, dict) else {"call": used}  # a source without arguments is its name alone
-    known = str(used.get("call")).rpartition(":")[2]
-    if known != data and not (known == "image_folder" and Path(data).is_dir()):
-        raise MicronetError(
-            f"{model}: its file does not say which images of {data} it was trained on, so that --split {split} "
-            "has no meaning; use --split test"
-        )
-    return {name: used[name] for name in ("valid", "split_seed") if name in used}
 
 
 @app.command()
@@ -238,8 +163,8 @@ def evaluate(
     """
     if split not in ("train", "valid", "test"):
         raise typer.BadParameter(f"--split must be train, valid or test, got {split!r}")
-    _use_data(data_dir)
-    _check_device(device)
+    use_data(data_dir)
+    check_device(device)
     from dataclasses import replace
 
     from micronet.bundle import load
@@ -248,8 +173,8 @@ def evaluate(
     from micronet.learner import pick_device
     from micronet.report import plot_confusion
 
-    bundle = load(model, factory=_factory(factory))
-    images = by_name(data, size=bundle.input_size[1], **_split_of(bundle, model, data, split))
+    bundle = load(model, factory=find_users_factory(factory))
+    images = by_name(data, size=bundle.input_size[1], **split_of(bundle, model, data, split))
     if images.input_size != bundle.input_size:
         raise MicronetError(
             f"{model}: takes images of {'x'.join(map(str, bundle.input_size))} (channels, height, width), "
@@ -267,7 +192,7 @@ def evaluate(
     # The network's own mean and std: what it was trained with.
     images = replace(images, mean=bundle.mean, std=bundle.std)
     result = measure(bundle.model, plain_loader(chosen, images, device=device), device)
-    console = _console()
+    console = make_console()
     console.print(
         f"{model} on {images.name} {split}, {device}, float32:\n"
         f"top-1  {result.top1_count:,} of {result.images:,} = {100 * result.top1:.2f} %\n"
@@ -295,9 +220,9 @@ def lr_find(
 
     Example: `micronet lr-find recipes/resnet20_cifar10.py -o lr.png`
     """
-    given = _settings(settings)
-    _use_data(data_dir)
-    _check_device(device)
+    given = parse_settings(settings)
+    use_data(data_dir)
+    check_device(device)
     from micronet.learner import find_lr
     from micronet.recipe import load_recipe
     from micronet.report import plot_lr_find
@@ -305,7 +230,7 @@ def lr_find(
     plan = load_recipe(recipe, given)
     rates, losses, suggested = find_lr(plan, steps=steps, seed=seed, limit=limit, device=device)
     plot_lr_find(rates, losses, suggested, out)
-    console = _console()
+    console = make_console()
     console.print(f"suggested learning rate: {suggested:.2g} (the recipe has {plan.stages[0].lr:g}); plot: {out}")
 
 
@@ -318,10 +243,10 @@ def data_fetch(
 
     Example: `micronet data fetch cifar100`
     """
-    _use_data(data_dir)
+    use_data(data_dir)
     from micronet.data import fetch
 
-    _console().print(f"{name} is ready in {fetch(name)}")
+    make_console().print(f"{name} is ready in {fetch(name)}")
 
 
 @data_app.command("show")
@@ -337,7 +262,7 @@ def data_show(
 
     Example: `micronet data show recipes/resnet20_cifar10.py -o grid.png`
     """
-    _use_data(data_dir)
+    use_data(data_dir)
     from dataclasses import replace
 
     from micronet.data import by_name, loaders, wrn_augment
@@ -352,4 +277,4 @@ def data_show(
     with blaming(name):
         loader = loaders(replace(chosen, batch_size=min(images, len(chosen.train))), seed=seed).train
     save_figure(loader.show_batch(max_n=images, show=False), out)
-    _console().print(f"{min(images, len(chosen.train))} training images of {chosen.name}: {out}")
+    make_console().print(f"{min(images, len(chosen.train))} training images of {chosen.name}: {out}")

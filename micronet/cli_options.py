@@ -1,0 +1,103 @@
+"""Options of the commands, and the checks that come before anything slow is imported."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from micronet.errors import MicronetError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from micronet.bundle import Bundle
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a Python file.", show_default=False)]
+ModelFile = Annotated[Path, typer.Argument(metavar="MODEL", help="A model.pth.", show_default=False)]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="NAME=VALUE", help="An option of the recipe; may be given again."),
+]
+DataFolder = Annotated[
+    Path | None,
+    typer.Option("--data", "-d", metavar="DIR", envvar="MICRONET_DATA", help="Where the data set or its .tgz lies."),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by default a GPU where there is one.")]
+Seed = Annotated[int, typer.Option(min=0, max=10**8, help="Of all that is drawn.")]
+Factory = Annotated[
+    str | None,
+    typer.Option(metavar="FILE:NAME", help="Build the network with this function of yours. Runs the file's code."),
+]
+
+
+def make_console() -> "Console":
+    """A rich console; into a file or a pipe nothing is folded or cut."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=200, soft_wrap=True)
+
+
+def use_data(folder: Path | None) -> None:
+    """Look for data sets where the user says."""
+    if folder is not None:
+        if not folder.exists():
+            raise MicronetError(f"{folder}: no such folder or archive (where the data should lie)")
+        os.environ["MICRONET_DATA"] = str(folder)
+
+
+def check_device(name: str | None) -> None:
+    """Say in one line that a device named by the user can't be used, before anything slow begins."""
+    import torch
+
+    if name is None:
+        return
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise MicronetError(f"--device {name}: not usable here: {str(error).splitlines()[0]}") from error
+
+
+def parse_settings(settings: list[str] | None) -> dict[str, str]:
+    """Split every NAME=VALUE."""
+    pairs = [setting.partition("=") for setting in settings or []]
+    for name, equals, value in pairs:
+        if not equals:
+            raise typer.BadParameter(f"-s wants NAME=VALUE, got {name!r}{value}")
+    return {name: value for name, _, value in pairs}
+
+
+def find_users_factory(name: str | None) -> Any:
+    """Run the file of `--factory FILE:NAME`, saying so, and give the function; None where none is named."""
+    if name is None:
+        return None
+    from micronet.recipe import run_file
+
+    file, _, function = name.rpartition(":")
+    if not file or not Path(file).is_file():
+        raise MicronetError(f"--factory {name}: wants FILE:NAME, and no such file {file!r}")
+    if not file.endswith(".py"):
+        raise MicronetError(f"--factory {name}: {file} is not a Python file, whose name ends in .py")
+    typer.echo(f"micronet: running the code of {file}, as --factory asks", err=True)
+    module = run_file(Path(file))
+    if not callable(getattr(module, function, None)):
+        raise MicronetError(f"--factory {name}: {file} defines no function {function}")
+    return getattr(module, function)
+
+
+def split_of(bundle: "Bundle", model: Path, data: str, split: str) -> dict[str, Any]:
+    """How the network's own recipe cut valid from train: cut otherwise, most of valid would be what it trained on."""
+    if split == "test":
+        return {}
+    used: Any = bundle.provenance
+    for part in ("resolved", "recipe", "data"):
+        used = used.get(part) if isinstance(used, dict) else None
+    used = used if isinstance(used, dict) else {"call": used}  # a source without arguments is its name alone
+    known = str(used.get("call")).rpartition(":")[2]
+    if known != data and not (known == "image_folder" and Path(data).is_dir()):
+        raise MicronetError(
+            f"{model}: its file does not say which images of {data} it was trained on, so that --split {split} "
+            "has no meaning; use --split test"
+        )
+    return {name: used[name] for name in ("valid", "split_seed") if name in used}
