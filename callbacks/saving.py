@@ -40,7 +40,7 @@ def whole_or_absent(path: str | Path) -> Iterator[Path]:
         path: the file; its folder must exist.
     """
     path = Path(path)
-    # The suffix stays: matplotlib goes by it.
+    # Hidden, with ".tmp." in the name: what a kill leaves can be told from files, and swept.
     beside = path.with_name(f".{os.getpid()}.tmp.{path.name}")
     try:
         yield beside

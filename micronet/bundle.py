@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from callbacks.saving import plain, write_atomically
-from micronet.errors import MicronetError
+from micronet.errors import MicronetError, first_line
 from micronet.factories import find_factory, is_plain
 
 FORMAT = "micronet"
@@ -125,14 +125,12 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
         raise MicronetError(
             f"{path}: holds pickled objects, which can run code when read, and was refused; "
-            f"save it again from its own program as a bundle ({reason[:120]})"
+            f"save it again from its own program as a bundle ({first_line(error)[:120]})"
         ) from error
     except Exception as error:  # on damaged bytes the restricted unpickler fails with whatever comes
-        reason = (str(error) or type(error).__name__).splitlines()[0][:160]
-        raise MicronetError(f"{path}: damaged: {reason}; copy or make it again") from error
+        raise MicronetError(f"{path}: damaged: {first_line(error)[:160]}; copy or make it again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise MicronetError(f"{path}: a PyTorch file, but not a bundle of micronet's ({_outline(content)})")
     if not isinstance(content.get("version"), int) or content["version"] > VERSION:
@@ -201,8 +199,7 @@ def _fill(
     except MicronetError:
         raise
     except Exception as error:  # a file's arguments can make a network's own code fail in any way
-        reason = (str(error) or type(error).__name__).splitlines()[0][:160]
-        raise MicronetError(f"its network can't be built: {reason}") from error
+        raise MicronetError(f"its network can't be built: {first_line(error)[:160]}") from error
     return model
 
 

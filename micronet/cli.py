@@ -75,10 +75,6 @@ def fit(
     Example: `micronet fit recipes/wrn_cifar100.py -s epochs=30 -o runs/short`
     """
     given = parse_settings(settings)
-    if not recipe.is_file():
-        from micronet.recipe import load_recipe
-
-        load_recipe(recipe)  # says what is wrong before anything slow is imported
     use_data(data_dir)
     check_device(device)
     from micronet.folder import read_rows, set_aside

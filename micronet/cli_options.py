@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from micronet.errors import MicronetError
+from micronet.errors import MicronetError, first_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,14 +49,14 @@ def use_data(folder: Path | None) -> None:
 
 def check_device(name: str | None) -> None:
     """Say in one line that a device named by the user can't be used, before anything slow begins."""
-    import torch
-
     if name is None:
         return
+    import torch
+
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise MicronetError(f"--device {name}: not usable here: {str(error).splitlines()[0]}") from error
+        raise MicronetError(f"--device {name}: not usable here: {first_line(error)}") from error
 
 
 def parse_settings(settings: list[str] | None) -> dict[str, str]:

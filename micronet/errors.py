@@ -6,3 +6,8 @@ class MicronetError(Exception):
 
     The command line prints the message without a traceback and exits with status 1.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, cut to one line; the name of its class where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]

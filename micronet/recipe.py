@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from callbacks.schedule import OneCycle, Schedule
-from micronet.errors import MicronetError
+from micronet.errors import MicronetError, first_line
 from micronet.optim import OptFunc, sgd
 
 if TYPE_CHECKING:
@@ -184,11 +184,7 @@ def _about_file(error: BaseException, path: Path) -> str:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
     where = f"{path}:{lines[-1]}" if lines else f"{path}"
-    return f"{where}: {type(error).__name__}: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return f"{where}: {type(error).__name__}: {first_line(error)}"
 
 
 @contextmanager
@@ -206,7 +202,7 @@ def blaming(where: Any) -> Iterator[None]:
     except (MicronetError, OSError):
         raise
     except Exception as error:  # a user's network or data can fail in any way, timm's names with RuntimeError
-        raise MicronetError(f"{where}: {_first_line(error)}") from error
+        raise MicronetError(f"{where}: {first_line(error)}") from error
 
 
 def parse_option(function: Callable[..., Any], name: str, text: str, where: Any = "recipe") -> Any:

@@ -67,7 +67,7 @@ class BatchLoader(DataLoader):
 
     def _generator(self, device: Any, stream: int) -> torch.Generator:
         # Order (stream 0) and augmentation (stream 1) draw apart. torch's CPU generator keeps 32 bits of a seed:
-        # Knuth's factor (odd, 2^32 / phi) spreads the seeds over all of them, so that no two begin alike.
+        # Knuth's factor (odd, 2^32 / phi) spreads the seeds over all of them, so that no two below 2^32 begin alike.
         spread = self.seed * 0x9E3779B1 + 2 * self.epoch + stream
         return torch.Generator(device).manual_seed(spread % 2**32)
 
