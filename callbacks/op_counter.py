@@ -21,12 +21,12 @@ from fastai.learner import Learner, ValueMetric
 from fastai.torch_core import get_model
 from torch import nn
 
-from callbacks.op_trace import Line as Line
+from callbacks.ledger import Line as Line
 from callbacks.op_trace import TraceError as TraceError
 from callbacks.op_trace import count_ops as count_ops
-from callbacks.op_trace import seed_cost as seed_cost
-from callbacks.op_trace import seed_score as seed_score
 from callbacks.op_trace import total_params as total_params
+from callbacks.seed import seed_cost as seed_cost
+from callbacks.seed import seed_score as seed_score
 
 
 def _structure(model: nn.Module) -> tuple[Any, ...]:

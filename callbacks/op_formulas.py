@@ -1,192 +1,259 @@
-"""What one operation costs: a formula for each that a network runs, by its name in ATen.
+"""What one operation costs: a formula for each that a network runs, by its name in `graph.py`'s vocabulary.
 
-`FORMULAS` maps a name (`conv2d`, `batch_norm`) to a function that takes a `Call` and says its `Cost`: multiplications,
-additions, taps. What is not in the table has no known cost, which is not the same as none: a formula whose rule is
-`move` says that nothing is calculated. To count another operation, write its formula and enter it in the table.
+`FORMULAS` maps a name to a function that takes a `Node` and says its `Cost` for one image. What is not in the table has
+no known cost, which is not the same as none. To count another operation, write its formula and enter it in the table.
 
-A comparison (ReLU, max pooling), a division and an exponential count as one multiplication.
+The rules of the MicroNet Challenge know multiplications and additions. Whatever is neither (a comparison, a division,
+an exponential, a root) counts as one multiplication, as the challenge's own counter does for ReLU, sigmoid and average
+pooling; a subtraction counts as one addition. What it does not name is put together from these, as the comments say.
+Moving numbers costs nothing.
 
-Source: the formulas of torchstat 0.0.7, compute_madd.py, written anew so that multiplications and additions come back
-apart; the fastai entry to the MicroNet Challenge (2019) changed its lines 27 and 124 to that end.
+Source: https://github.com/google-research/google-research/tree/master/micronet_challenge (counting.py, 2019).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor
-from torch.fx import Node
+from callbacks.graph import Node
 
-Shape = tuple[int, ...]
-
-# Operations that only move, choose or relabel numbers.
-_MOVES = (
-    "_to_copy _unsafe_view alias cat channel_shuffle chunk clone concat concatenate constant_pad_nd contiguous copy "
-    "detach empty expand expand_as flatten flip full full_like gather hstack identity index index_select lift_fresh "
-    "movedim narrow new_full new_ones new_zeros ones ones_like pad permute pixel_shuffle pixel_unshuffle ravel "
-    "reflection_pad2d repeat replication_pad2d reshape reshape_as resolve_conj resolve_neg roll select slice split "
-    "split_with_sizes squeeze stack swapaxes swapdims t tile to transpose type_as unbind unflatten unsafe_chunk "
-    "unsafe_split unsqueeze upsample_nearest2d view view_as vstack zeros zeros_like"
-)
+# Views and copies that keep every number: attrs say which axis goes where, so that channels can be followed.
+VIEWS = ("identity", "reshape", "permute")
 
 
-def shape_of(node: Node) -> Shape:
-    """The shape of the tensor that a node gives."""
-    return tuple(tensor_of(node).shape)
-
-
-def tensor_of(node: Node) -> Tensor | None:
-    """The tensor a node gives, or the first of several."""
-    value = node.meta.get("val")
-    return next((v for v in value if isinstance(v, Tensor)), None) if isinstance(value, tuple | list) else value
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a formula says of one call; `weight` names the argument that holds the weights, `op` renames the call."""
+    """What a formula says of one operation on one image.
 
-    rule: str | None
+    Args:
+        mults: Multiplications.
+        adds: Additions.
+        taps: Products or terms that make one output: `kh*kw*C/groups`, input features, window; 0 where it says nothing.
+        macs: Multiply-accumulates: the products that are summed, of convolutions, linear layers and matrix products.
+        comparisons: Comparisons that the rules may or may not count as multiplications: those of max pooling.
+    """
+
     mults: int = 0
     adds: int = 0
     taps: int = 0
     macs: int = 0
-    weight: str | None = None
-    op: str | None = None
+    comparisons: int = 0
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call in the graph: its arguments by name, and which nodes depend on parameters and buffers alone."""
-
-    op: str
-    args: dict[str, Any]
-    out: Shape
-    fixed: Mapping[Node, tuple[str, ...]]
-
-    @property
-    def n(self) -> int:
-        """Count of outputs."""
-        return math.prod(self.out)
-
-    def shape(self, arg: str) -> Shape:
-        """The shape of an argument, by its name in ATen's schema."""
-        return shape_of(self.args[arg])
+def _products(node: Node, products: int, taps: int, bias: bool) -> Cost:
+    # A sum of k products takes k - 1 additions, the bias one more.
+    return Cost(mults=products, adds=products - node.n + bias * node.n, taps=taps, macs=products)
 
 
-def _conv(call: Call) -> Cost:
-    if call.args.get("transposed"):  # torch.convolution, which is both
-        return _conv_transpose(call)
-    taps = math.prod(call.shape("weight")[1:])
-    adds = taps - 1 + (call.args["bias"] is not None)
-    return Cost("conv", taps * call.n, adds * call.n, taps, taps * call.n, "weight")
+def _has(node: Node, index: int) -> bool:
+    return len(node.inputs) > index and node.inputs[index] is not None
 
 
-def _conv_transpose(call: Call) -> Cost:
-    # torchstat's formula goes by *input* positions. So its multiplications are those of every weight at every input
-    # position, but its additions are not the ones that run: the bias belongs to output positions.
-    c_in, c_out, *kernel = call.shape("weight")
-    groups = call.args["groups"]
-    taps, n = math.prod(kernel) * (c_in // groups), math.prod(call.shape("input")) // c_in * c_out * groups
-    adds = taps - 1 + (call.args["bias"] is not None)
-    return Cost("conv_transpose", taps * n, adds * n, taps, taps * n, "weight")
+def _conv(node: Node) -> Cost:
+    taps = math.prod(node.inputs[1].shape[1:])
+    return _products(node, taps * node.n, taps, _has(node, 2))
 
 
-def _linear(call: Call, features: str = "weight", weight: str = "weight") -> Cost:
-    # The bias is left out, as in torchstat.
-    taps = call.shape(features)[-1]
-    return Cost("linear", taps * call.n, (taps - 1) * call.n, taps, taps * call.n, weight)
+def _conv_transpose(node: Node) -> Cost:
+    # Every weight meets every input position of its channel once.
+    _, out_per_group, *kernel = node.inputs[1].shape
+    products = node.inputs[0].numel * out_per_group * math.prod(kernel)
+    c_in = node.inputs[1].shape[0]
+    return _products(node, products, math.prod(kernel) * c_in // node.attrs["groups"], _has(node, 2))
 
 
-def _matmul(call: Call) -> Cost:
-    """A linear layer where exactly one factor is weights; the product of two activations has no formula here."""
-    factors = [name for name, value in call.args.items() if isinstance(value, Node)][-2:]
-    weight = [name for name in factors if call.args[name] in call.fixed]
-    return _linear(call, factors[0], weight[0]) if len(weight) == 1 else Cost(None)
+def _linear(node: Node) -> Cost:
+    taps = node.attrs.get("taps") or node.inputs[0].shape[-1]
+    return _products(node, taps * node.n, taps, _has(node, 2))
 
 
-def _bilinear(call: Call) -> Cost:
-    # torchstat: in1*in2 + in2 products for one output; the bias is left out.
-    _, in1, in2 = call.shape("weight")
-    taps = in1 * in2 + in2
-    return Cost("bilinear", taps * call.n, (taps - 1) * call.n, taps, weight="weight")
+def _matmul(node: Node) -> Cost:
+    taps = node.attrs.get("taps") or node.inputs[0].shape[-1]
+    return _products(node, taps * node.n, taps, False)
 
 
-def _batch_norm(call: Call) -> Cost:
-    # Subtract the mean, divide by the deviation, multiply by the scale, add the shift.
-    return Cost("batch_norm", 2 * call.n, 2 * call.n)
+def _bilinear(node: Node) -> Cost:
+    # x1' W x2: for each output in1*in2 products with the weights, and in2 with the second input.
+    _, in1, in2 = node.inputs[2].shape
+    return _products(node, (in1 * in2 + in2) * node.n, in1 * in2 + in2, _has(node, 3))
 
 
-def _relu(call: Call) -> Cost:
-    if call.op == "hardtanh":
-        six = (call.args["min_val"], call.args["max_val"]) == (0, 6)
-        return Cost("relu", call.n, op="relu6") if six else Cost(None)
-    return Cost("relu", call.n)
+def _attention(node: Node) -> Cost:
+    # softmax(q k' / sqrt(d)) v: two matrix products, a scaling and a softmax over each row of the first.
+    query, key, value = (v.shape for v in node.inputs[:3])
+    scores = math.prod(query[:-1]) * key[-2]
+    products = scores * query[-1] + math.prod(query[:-1]) * key[-2] * value[-1]
+    rows = scores // key[-2]
+    adds = (query[-1] - 1) * scores + (key[-2] - 1) * rows * value[-1]
+    mask = scores if _has(node, 3) else 0
+    return Cost(mults=products + 3 * scores, adds=adds + scores - rows + mask, taps=query[-1], macs=products)
 
 
-def _softmax(call: Call) -> Cost:
-    # torchstat: an exponential and a division per element, one sum over all of them, however many rows there are.
-    return Cost("softmax", 2 * call.n, call.n - 1)
+def _normalise(node: Node, groups: int, scale: bool, shift: bool, centre: bool = True) -> Cost:
+    # For each group of m: mean (m - 1 adds, 1 mult), m subtractions, m squares and their mean (m - 1 adds, 1 mult),
+    # epsilon (1 add), root and reciprocal (2 mults), m products with it; then scale and shift of every element.
+    n = node.n
+    mults = 2 * n + 3 * groups + scale * n + centre * groups
+    adds = (n - groups) + groups + shift * n + centre * ((n - groups) + n)
+    return Cost(mults=mults, adds=adds)
 
 
-def _window(call: Call) -> Shape:
-    axes = int(call.op.split("pool")[1][0])  # max_pool2d_with_indices
-    kernel = tuple(call.args["kernel_size"])
-    return kernel * axes if len(kernel) == 1 else kernel
+def _layer_norm(node: Node) -> Cost:
+    return _normalise(node, node.n // node.attrs["size"], _has(node, 1), _has(node, 2))
 
 
-def _max_pool(call: Call) -> Cost:
-    taps = math.prod(_window(call))
-    return Cost("max_pool", (taps - 1) * call.n, taps=taps)
+def _rms_norm(node: Node) -> Cost:
+    return _normalise(node, node.n // node.attrs["size"], _has(node, 1), False, centre=False)
 
 
-def _average(call: Call, window: Shape, whole: bool) -> Cost:
-    taps = math.prod(window)
-    return Cost("avg_pool", call.n, (taps - 1) * call.n, taps, op="global_avg_pool" if whole else None)
+def _softmax(node: Node) -> Cost:
+    # Exponential and division for each element, one sum for each row; its logarithm is one more.
+    rows = node.n // node.attrs["size"]
+    return Cost(mults=(3 if node.op == "log_softmax" else 2) * node.n, adds=node.n - rows)
 
 
-def _avg_pool(call: Call) -> Cost:
-    window = _window(call)
-    axes = len(window)
-    return _average(call, window, call.shape("self")[-axes:] == window and math.prod(call.out[-axes:]) == 1)
+def _avg_pool(node: Node) -> Cost:
+    # One division for each output; taps on padding count, as the challenge counts them for convolutions.
+    terms = node.attrs["terms"]
+    return Cost(mults=node.n, adds=terms - node.n, taps=terms // node.n)
 
 
-def _adaptive_avg_pool(call: Call) -> Cost:
-    axes = len(call.args["output_size"])
-    sizes = list(zip(call.shape("self")[-axes:], call.out[-axes:], strict=True))
-    if any(size % pooled for size, pooled in sizes):
-        return Cost(None)  # windows of several sizes
-    return _average(call, tuple(size // pooled for size, pooled in sizes), all(pooled == 1 for _, pooled in sizes))
+def _max_pool(node: Node) -> Cost:
+    # k*k - 1 comparisons for each output, which the challenge's counter leaves out.
+    terms = node.attrs["terms"]
+    return Cost(comparisons=terms - node.n, taps=terms // node.n)
 
 
-def _mean(call: Call) -> Cost:
-    """A global average pool where it averages the two axes of every map, or the one they were flattened to."""
-    shape, source = call.shape("self"), call.args["self"]
-    axes = {axis % len(shape) for axis in call.args.get("dim") or ()}
-    before = shape_of(source.args[0]) if source.target in _FLATTENS else ()
-    flattened = len(shape) == 3 and axes == {2} and len(before) == 4 and before[:2] == shape[:2]
-    if flattened or (len(shape) == 4 and axes in ({2, 3}, {1, 2})):
-        return _average(call, tuple(shape[axis] for axis in axes), True)
-    return Cost(None)
+def _reduce(mult_terms: int, add_terms: int, each: int) -> Callable[[Node], Cost]:
+    # Per input element, per input element less the first of each sum, per output.
+    def formula(node: Node) -> Cost:
+        size = node.data.numel
+        return Cost(
+            mults=mult_terms * size + each * node.n, adds=add_terms * (size - node.n), taps=size // max(1, node.n)
+        )
+
+    return formula
 
 
-def _dropout(call: Call) -> Cost:
-    return Cost(None if call.args["train"] else "move")
+def _compare_all(node: Node) -> Cost:
+    return Cost(mults=node.data.numel - node.n, taps=node.data.numel // max(1, node.n))
 
 
-_FLATTENS = (torch.ops.aten.flatten.using_ints, torch.ops.aten.view.default, torch.ops.aten.reshape.default)
-# By the operation's name in ATen, without the underscore of what runs in place.
-FORMULAS: dict[str, Callable[[Call], Cost]] = {
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "_convolution"), _conv),
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _conv_transpose),
-    **dict.fromkeys(("mm", "addmm", "matmul", "bmm", "baddbmm", "mv", "addmv"), _matmul),
-    **dict.fromkeys(("relu", "relu6", "hardtanh"), _relu),
-    **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d"), _max_pool),
-    **dict.fromkeys(("max_pool2d_with_indices", "max_pool3d_with_indices"), _max_pool),
-    **dict.fromkeys(("avg_pool1d", "avg_pool2d", "avg_pool3d"), _avg_pool),
-    **dict.fromkeys(("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"), _adaptive_avg_pool),
-    **dict.fromkeys(("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"), _dropout),
-    **dict.fromkeys(_MOVES.split(), lambda call: Cost("move")),
-    **{"linear": _linear, "bilinear": _bilinear, "batch_norm": _batch_norm, "softmax": _softmax, "mean": _mean},
+def _variance(node: Node) -> Cost:
+    # Mean, subtraction, square, mean of squares; the root of a standard deviation.
+    size, n = node.data.numel, node.n
+    return Cost(mults=size + 2 * n + (node.op == "std") * n, adds=2 * (size - n) + size)
+
+
+def _power(node: Node) -> Cost:
+    # A whole exponent k up to 4 takes k - 1 products (a negative one a division more); any other is one function.
+    exponent = node.attrs.get("exponent")
+    whole = exponent is not None and float(exponent).is_integer() and 1 <= abs(exponent) <= 4
+    return Cost(mults=(int(abs(exponent)) - 1 + (exponent < 0) if whole else 1) * node.n)
+
+
+def _clamp(node: Node) -> Cost:
+    return Cost(mults=node.attrs["bounds"] * node.n)
+
+
+def _interpolate(node: Node) -> Cost:
+    # Each output is a weighted sum of `taps` inputs.
+    taps = node.attrs["taps"]
+    return Cost(mults=taps * node.n, adds=(taps - 1) * node.n, taps=taps)
+
+
+def _quantize(node: Node) -> Cost:
+    # x / scale + zero_point; a symmetric one has no zero point.
+    return Cost(mults=node.n, adds=node.n * bool(node.attrs["zero_point"]))
+
+
+def _einsum(node: Node) -> Cost:
+    taps = node.attrs["taps"]
+    return _products(node, taps * node.n, taps, False)
+
+
+def _each(mults: int, adds: int) -> Callable[[Node], Cost]:
+    return lambda node: Cost(mults=mults * node.n, adds=adds * node.n)
+
+
+def _free(node: Node) -> Cost:
+    return Cost()
+
+
+# Multiplications and additions for each element.
+_ELEMENTWISE = {
+    "relu": (1, 0),  # one comparison
+    "relu6": (2, 0),  # two
+    "hardtanh": (2, 0),
+    "leaky_relu": (2, 0),  # comparison, slope
+    "prelu": (2, 0),
+    "threshold": (1, 0),
+    "sigmoid": (2, 1),  # exp, 1 +, 1 /
+    "silu": (3, 1),  # x * sigmoid(x); the challenge's swish
+    "hard_sigmoid": (3, 1),  # relu6(x + 3) / 6
+    "hard_swish": (4, 1),  # x * hard_sigmoid(x)
+    "tanh": (3, 2),  # (1 - e) / (1 + e) with e = exp(-2 x)
+    "gelu": (4, 1),  # 0.5 * x * (1 + erf(x / sqrt(2)))
+    "gelu_tanh": (9, 4),  # 0.5 * x * (1 + tanh(a * (x + b * x * x * x)))
+    "softplus": (2, 1),  # log(1 + exp(x))
+    "log_sigmoid": (3, 1),
+    "mish": (6, 3),  # x * tanh(softplus(x))
+    "softsign": (2, 1),
+    "elu": (2, 1),  # comparison, exp, - 1
+    "celu": (3, 1),
+    "selu": (4, 1),  # two factors more
+    "glu": (3, 1),  # a * sigmoid(b), for each output
+    "add": (0, 1),
+    "sub": (0, 1),
+    "rsub": (0, 1),  # a constant less x
+    "mul": (1, 0),
+    "div": (1, 0),
+    "addcmul": (2, 1),
+    "scaled_add": (1, 1),  # a + alpha * b
+    "lerp": (1, 2),
+    "maximum": (1, 0),
+    "minimum": (1, 0),
+    "compare": (1, 0),
+    "neg": (1, 0),
+    "abs": (1, 0),
+    "sign": (1, 0),
+    "exp": (1, 0),
+    "log": (1, 0),
+    "sqrt": (1, 0),
+    "rsqrt": (2, 0),  # root and reciprocal
+    "reciprocal": (1, 0),
+    "sin": (1, 0),
+    "cos": (1, 0),
+    "erf": (1, 0),
+    "floor": (1, 0),
+    "round": (1, 0),
+    "batch_norm": (1, 1),  # one that can't be folded: scale and shift
+    "cumsum": (0, 1),
+}
+
+FORMULAS: dict[str, Callable[[Node], Cost]] = {
+    **{op: _each(*costs) for op, costs in _ELEMENTWISE.items()},
+    **dict.fromkeys((*VIEWS, "move", "logical", "where"), _free),
+    **dict.fromkeys(("avg_pool", "global_avg_pool"), _avg_pool),
+    **dict.fromkeys(("amax", "argmax", "prod"), _compare_all),
+    **dict.fromkeys(("var", "std"), _variance),
+    **dict.fromkeys(("softmax", "log_softmax"), _softmax),
+    "conv2d": _conv,
+    "conv_transpose2d": _conv_transpose,
+    "linear": _linear,
+    "matmul": _matmul,
+    "bilinear": _bilinear,
+    "einsum": _einsum,
+    "attention": _attention,
+    "layer_norm": _layer_norm,  # attrs: size of a group; group and instance normalisation, too
+    "rms_norm": _rms_norm,
+    "max_pool": _max_pool,
+    "sum": _reduce(0, 1, 0),
+    "mean": _reduce(0, 1, 1),
+    "norm": _reduce(1, 1, 1),  # squares, their sum, the root
+    "pow": _power,
+    "clamp": _clamp,
+    "interpolate": _interpolate,
+    "quantize": _quantize,
+    "dequantize": _quantize,
 }

@@ -10,24 +10,18 @@ hooks is weights, not data). BatchNorm, dropout and extra heads are counted as i
 """
 
 import copy
-import math
+import operator
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.export.graph_signature import InputKind
-from torch.fx import GraphModule, Node
+from torch import Tensor, fx, nn
 
-from callbacks.op_formulas import FORMULAS, Call, Cost, Shape, shape_of, tensor_of
-
-# The MicroNet Challenge's normalisers for CIFAR-100: what WideResNet-28-10 has at 32 bits.
-# Source: https://micronet-challenge.github.io/scoring_and_submission.html
-CIFAR100_PARAMS, CIFAR100_OPS = 36.5e6, 10.49e9
-# The fastai entry halved multiplications, as the challenge's 16-bit "freebie" allows, and left additions at 32 bits.
-SEED_MULT_WEIGHT, SEED_ADD_WEIGHT = 0.5, 1.0
+from callbacks.aten import READERS, Call, shape_of, tensor_of
+from callbacks.graph import Graph, Node, Shape, Value
+from callbacks.ledger import Line, build
 
 # Higher-order operations that run their body exactly once.
 _WRAPPERS = ("wrap", "wrap_with_autocast", "wrap_with_set_grad_enabled", "wrap_activation_checkpoint")
@@ -38,115 +32,131 @@ class TraceError(ValueError):
     """A module that cannot be traced, so that its cost is unknown."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Line:
-    """One operation, as it runs for one image.
+class _Tensors:
+    """A network's own tensors: a constant for each, whatever names it goes by."""
 
-    Args:
-        name: Path of the module that runs it, such as `groups.0.conv1`; for what a block does in its own `forward`,
-            the block's path and the operation (`groups.0.add`).
-        op: The operation in ATen's name (`conv2d`, `linear`, `batch_norm`, `add`, `mul`, `cat`, ...), and
-            `global_avg_pool` for every way to average whole maps, `relu6` for a hardtanh from 0 to 6.
-        module: Class of that module: `Conv2d`.
-        rule: The formula that gave `mults` and `adds`: `move` where nothing is calculated; None where no formula here
-            covers the operation, so that its zeros mean "not counted".
-        in_shape: **Shape** of the input, without a batch axis of 1.
-        out_shape: **Shape** of the output, likewise.
-        taps: Products or terms that make one output: `kh*kw*C/groups`, input features, window; 0 where it says nothing.
-        weights: Weight elements of a convolution, linear or bilinear layer. A tensor that two lines read is in both.
-        constants: Elements of other parameters read: biases, scale and shift of a BatchNorm.
-        mults: Multiplications.
-        adds: Additions.
-        macs: Multiply-accumulates of convolutions and linear layers.
-        tensors: Names of the parameters and buffers read, directly or through operations on them alone.
-    """
+    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor] | None) -> None:
+        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        self.model, self.own = model, dict(named)
+        self.masks = masks
+        self.values: dict[int, Value] = {}
 
-    name: str
-    op: str
-    module: str
-    rule: str | None
-    in_shape: Shape
-    out_shape: Shape
-    taps: int = 0
-    weights: int = 0
-    constants: int = 0
-    mults: int = 0
-    adds: int = 0
-    macs: int = 0
-    tensors: tuple[str, ...] = ()
+    def value(self, name: str, traced: Tensor) -> Value:
+        tensor = self.own[name] if name in self.own else self.attribute(name)
+        key = id(traced) if tensor is None else id(tensor)
+        if key not in self.values:
+            known = tensor is not None and not tensor.is_meta
+            self.values[key] = Value(
+                shape=tuple(traced.shape),
+                bits=_bits(traced),
+                fixed=True,
+                literal=tensor is None and traced.numel() == 1,  # a number that a forward makes a tensor of
+                names=(name,),
+                nonzero=(lambda: int(tensor.detach().count_nonzero())) if known else None,
+                masked=self.masked(name),
+            )
+        return self.values[key]
 
+    def attribute(self, name: str) -> Tensor | None:
+        """A tensor that is neither parameter nor buffer, such as the product that torch's pruning keeps."""
+        try:
+            found = operator.attrgetter(name)(self.model)
+        except AttributeError:  # made by the trace
+            return None
+        return found if isinstance(found, Tensor) else None
 
-def _image(shape: Shape) -> Shape:
-    return shape[1:] if shape[:1] == (1,) else shape
+    def masked(self, name: str) -> bool | None:
+        if f"{name}_mask" in self.own:  # torch.nn.utils.prune declares it so
+            return True
+        return None if self.masks is None else name in self.masks
 
 
 class _Reader:
     """Reads the graph of an exported program, in the order in which it runs."""
 
-    def __init__(self, program: torch.export.ExportedProgram, modules: dict[str, nn.Module]):
-        self.lines: list[Line] = []
+    def __init__(self, program: torch.export.ExportedProgram, modules: dict[str, nn.Module], tensors: _Tensors):
+        self.nodes: list[Node] = []
+        self.tensors = tensors
+        self.values: dict[fx.Node, Value] = {}
+        self.storages: dict[int, Value] = {}
         self.modules = modules
-        inputs = {spec.arg.name: spec for spec in program.graph_signature.input_specs if spec.target}
-        known = {node: inputs[node.name] for node in program.graph.nodes if node.name in inputs}
-        self.fixed = {node: (spec.target,) for node, spec in known.items()}
-        self.parameters = {node for node, spec in known.items() if spec.kind is InputKind.PARAMETER}
+        specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+        inputs = []
+        for node in program.graph.find_nodes(op="placeholder"):
+            spec = specs.get(node.name)
+            if spec is not None and spec.target is not None:
+                self.values[node] = tensors.value(spec.target, tensor_of(node))
+            else:
+                inputs.append(self.give(node))
         self.read(program.graph_module)
+        self.inputs = tuple(inputs)
+        (output,) = program.graph.find_nodes(op="output")
+        self.outputs = tuple(self.values[node] for node in output.all_input_nodes if node in self.values)
 
-    def read(self, graph: GraphModule) -> None:
+    def give(self, node: fx.Node) -> Value:
+        """Enter the value that a node gives; one that shares memory with an earlier one says so."""
+        tensor = tensor_of(node)
+        if not isinstance(tensor, Tensor):
+            tensor = torch.empty(())
+        value = Value(shape=tuple(tensor.shape), bits=_bits(tensor))
+        memory = tensor.untyped_storage()._cdata
+        value.storage = self.storages.get(memory)
+        self.storages.setdefault(memory, value)
+        self.values[node] = value
+        return value
+
+    def read(self, graph: fx.GraphModule) -> None:
         for node in graph.graph.nodes:
             if node.op == "get_attr":
-                self.fixed[node] = ()
+                tensor = getattr(graph, node.target, None) if "." not in node.target else None
+                tensor = self.tensors.attribute(node.target) if tensor is None else tensor
+                if isinstance(tensor, Tensor):
+                    self.values[node] = self.tensors.value(node.target, tensor)
             elif node.op == "call_function":
                 if isinstance(node.target, torch._ops.HigherOrderOperator):
                     self.read_body(graph, node)
                 elif isinstance(node.target, torch._ops.OpOverload) and isinstance(tensor_of(node), Tensor):
-                    self.lines.append(self.line(node))
-                if all(i in self.fixed for i in node.all_input_nodes):
-                    self.fixed[node] = self.names(node)
+                    self.nodes.append(self.node(node))
+                elif node.target is operator.getitem and node.args[0] in self.values:
+                    self.take(node)
 
-    def read_body(self, graph: GraphModule, node: Node) -> None:
+    def take(self, node: fx.Node) -> None:
+        """One of several results: a part of the first one's memory, or memory of its own."""
+        source = self.values[node.args[0]]
+        value = self.give(node) if node.args[1] else source
+        if value is not source:
+            value.fixed, value.literal, value.names = source.fixed, source.literal, source.names
+            self.nodes[-1].outputs += (value,)
+        self.values[node] = value
+
+    def read_body(self, graph: fx.GraphModule, node: fx.Node) -> None:
         """Read what runs inside `torch.autocast`, `torch.no_grad` or a checkpoint."""
         if node.target.name() not in _WRAPPERS:
             raise TraceError(f"no rule for the higher-order operation {node.target.name()}: what runs is not known")
-        nodes = [arg for arg in node.args if isinstance(arg, Node)]
+        nodes = [arg for arg in node.args if isinstance(arg, fx.Node)]
         body = getattr(graph, nodes[0].target)
         for inner, outer in zip(body.graph.find_nodes(op="placeholder"), nodes[1:], strict=True):
-            if outer in self.fixed:
-                self.fixed[inner] = self.fixed[outer]
-            if outer in self.parameters:
-                self.parameters.add(inner)
+            self.values[inner] = self.values[outer]
         self.read(body)
+        (output,) = body.graph.find_nodes(op="output")
+        self.values[node] = self.values[output.all_input_nodes[0]]
 
-    def names(self, node: Node) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for i in node.all_input_nodes for name in self.fixed.get(i, ())))
+    def node(self, node: fx.Node) -> Node:
+        name = node.target._schema.name.removeprefix("aten::").replace("::", ".").rstrip("_")  # relu_ is in place
+        call = Call(name, node, _arguments(node), shape_of(node))
+        op, read, attrs = READERS.get(name, lambda call: (name, call.all_nodes(), {}))(call)
+        inputs = tuple(self.values.get(n) if n is not None else None for n in read)
+        op, inputs, attrs = _with_weights(op, inputs, attrs, len(call.out))
+        given = [v for v in inputs if v is not None]
+        if not given and node.all_input_nodes:  # or it would pass for a constant
+            raise TraceError(f"what {node.target} reads is not known")
+        out = self.give(node)
+        out.fixed = all(v.fixed for v in given)
+        out.literal = all(v.literal for v in given)
+        path, kind = self.owner(node, op)
+        return Node(op=op, inputs=inputs, outputs=(out,), attrs=attrs, name=path, module=kind)
 
-    def line(self, node: Node) -> Line:
-        op = node.target._schema.name.removeprefix("aten::").replace("::", ".")
-        op = op.rstrip("_")  # relu_ is relu in place
-        call = Call(op, _arguments(node), shape_of(node), self.fixed)
-        cost = FORMULAS.get(op, lambda call: Cost(None))(call)
-        weight = call.args[cost.weight] if cost.weight else None
-        name, module = self.owner(node, cost.op or op)
-        images = [i for i in node.all_input_nodes if i not in self.fixed and isinstance(tensor_of(i), Tensor)]
-        return Line(
-            name=name,
-            op=cost.op or op,
-            module=module,
-            rule=cost.rule,
-            in_shape=_image(shape_of(images[0])) if images else (),
-            out_shape=_image(call.out),
-            taps=cost.taps,
-            weights=math.prod(shape_of(weight)) if weight else 0,
-            constants=sum(
-                tensor_of(i).numel() for i in node.all_input_nodes if i in self.parameters and i is not weight
-            ),
-            mults=cost.mults,
-            adds=cost.adds,
-            macs=cost.macs,
-            tensors=self.names(node),
-        )
-
-    def owner(self, node: Node, op: str) -> tuple[str, str]:
+    def owner(self, node: fx.Node, op: str) -> tuple[str, str]:
         """The name of a line and the class of the module that runs it."""
         path, kind = next(reversed((node.meta.get("nn_module_stack") or {"": ("", "")}).values()))
         path = path.split("@")[0]  # conv@1 is the second call of conv
@@ -155,7 +165,23 @@ class _Reader:
         return path if path and leaf else f"{path}.{op}".lstrip("."), kind.rsplit(".", 1)[-1]
 
 
-def _arguments(node: Node) -> dict[str, Any]:
+def _with_weights(
+    op: str, inputs: tuple[Value | None, ...], attrs: dict[str, Any], axes: int
+) -> tuple[str, tuple[Value | None, ...], dict[str, Any]]:
+    """A matrix product is a linear layer where exactly one factor is constant."""
+    if op in ("matmul", "einsum", "addmm") and inputs[0].fixed != inputs[1].fixed:
+        a, b, *rest = inputs
+        axis = None if op == "einsum" else axes - 2 if a.fixed else axes - 1
+        return "linear", (b, a, *rest) if a.fixed else (a, b, *rest), attrs | {"channel_axis": axis}
+    return op, inputs, attrs
+
+
+def _bits(tensor: Tensor) -> int:
+    # A network's own floating-point type is how it is stored for now, not what it is: all count as 32 bits.
+    return 1 if tensor.dtype is torch.bool else 32
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of a call by their names in ATen's schema, defaults filled in."""
     declared = node.target._schema.arguments
     given = dict(zip((a.name for a in declared), node.args, strict=False)) | node.kwargs
@@ -200,67 +226,73 @@ def _on_cpu(tensor: Tensor) -> Tensor:
     return torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor.to("cpu", copy=True)
 
 
-def _export(model: nn.Module, input_size: Shape) -> tuple[Line, ...]:
+def _export(model: nn.Module, input_sizes: Sequence[Shape], tensors: _Tensors, params: int) -> Graph:
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    image = torch.empty((1, *input_size), dtype=first.dtype, device=first.device)
-    with torch.no_grad():  # so that a model's own no_grad blocks do not become sub-graphs
-        program = torch.export.export(model, (image,), strict=False)
-    return tuple(_Reader(program, dict(model.named_modules(remove_duplicate=False))).lines)
+    images = tuple(torch.empty((1, *size), dtype=first.dtype, device=first.device) for size in input_sizes)
+    with warnings.catch_warnings(), torch.no_grad():  # so that a model's own no_grad blocks do not become sub-graphs
+        warnings.filterwarnings("ignore", "The tensor attribute", UserWarning)  # what torch's pruning hooks assign
+        program = torch.export.export(model, images, strict=False)
+    read = _Reader(program, dict(model.named_modules(remove_duplicate=False)), tensors)
+    return Graph(nodes=read.nodes, inputs=read.inputs, outputs=read.outputs, params=params)
+
+
+def _sizes(input_size: Any) -> tuple[Shape, ...]:
+    several = bool(input_size) and all(isinstance(size, Sequence) for size in input_size)
+    sizes = tuple(tuple(size) for size in (input_size if several else [input_size]))
+    if not sizes or not all(size and all(isinstance(n, int) and n > 0 for n in size) for size in sizes):
+        raise ValueError(f"input_size must be positive whole numbers (C, H, W), got {input_size!r}")
+    return sizes
+
+
+def trace(
+    model: nn.Module,
+    input_size: Sequence[int] | Sequence[Sequence[int]] = (3, 32, 32),
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+) -> Graph:
+    """Read a network as a graph, for one image.
+
+    The model is left as it was, and its batch size, mode, device and dtype make no difference.
+
+    Args:
+        model: Any module that takes one batch of images, or several inputs.
+        input_size: **Shape** of one image, `(C, H, W)`; one for each input where there are several.
+        masks: For each masked parameter its mask; None where nothing declares which zeros are meant.
+
+    Raises:
+        TraceError: The model cannot be traced, by `torch.export` on the meta device or the CPU.
+    """
+    sizes = _sizes(input_size)
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    if any(nn.parameter.is_lazy(p) for p in model.parameters()):
+        raise TraceError(f"{type(model).__name__} has parameters without a shape yet: run it once first")
+    tensors, params = _Tensors(model, masks), total_params(model)
+    try:
+        return _export(_copied(model, _on_meta), sizes, tensors, params)
+    except TraceError:
+        raise
+    except Exception:  # it reads values while it runs, or wants its own dtype: real tensors have both
+        try:
+            return _export(_copied(model, _on_cpu), sizes, tensors, params)
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            images = " and ".join(map(str, sizes))
+            raise TraceError(f"cannot trace {type(model).__name__} with an image of {images}: {reason}") from error
 
 
 def count_ops(model: nn.Module, input_size: Sequence[int] = (3, 32, 32)) -> tuple[Line, ...]:
-    """Count every operation that a network runs for one image.
-
-    The model is left as it was, and its batch size, mode, device and dtype make no difference.
+    """Count what a network runs for one image, operations without a rule at nothing.
 
     Args:
         model: Any module that takes one batch of images.
         input_size: **Shape** of one image, `(C, H, W)`.
 
     Raises:
-        TraceError: The model cannot be traced, by `torch.export` on the meta device or the CPU.
+        TraceError: The model cannot be traced.
     """
-    size = tuple(input_size)
-    if not size or not all(isinstance(n, int) and n > 0 for n in size):
-        raise ValueError(f"input_size must be positive whole numbers (C, H, W), got {input_size!r}")
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-    if any(nn.parameter.is_lazy(p) for p in model.parameters()):
-        raise TraceError(f"{type(model).__name__} has parameters without a shape yet: run it once first")
-    try:
-        return _export(_copied(model, _on_meta), size)
-    except TraceError:
-        raise
-    except Exception:  # it reads values while it runs, or wants its own dtype: real tensors have both
-        try:
-            return _export(_copied(model, _on_cpu), size)
-        except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise TraceError(f"cannot trace {type(model).__name__} with an image of {size}: {reason}") from error
+    return build(trace(model, input_size), allow_unknown=True).lines
 
 
 def total_params(model: nn.Module) -> int:
     """Count all parameters, BatchNorm's too, shared ones once."""
     return sum(p.numel() for p in model.parameters())
-
-
-def seed_cost(line: Line) -> tuple[int, int]:
-    """Count the multiplications and additions of one line as the fastai entry to the MicroNet Challenge did.
-
-    Convolutions, linear layers and global average pools count, nothing else. A global average pool of `(C, H, W)` is
-    C multiplications and H*W*C additions, one more per channel than there are.
-    """
-    if line.op == "global_avg_pool":
-        n = math.prod(line.out_shape)
-        return n, line.taps * n
-    return (line.mults, line.adds) if line.rule in ("conv", "conv_transpose", "linear") else (0, 0)
-
-
-def seed_score(params: int, lines: Sequence[Line]) -> float:
-    """Score a network as the fastai entry did: `params / 36.5e6 + (mults / 2 + adds) / 10.49e9`.
-
-    Args:
-        params: Count of all parameters.
-        lines: What `count_ops` gives.
-    """
-    mults, adds = (sum(counts) for counts in zip((0, 0), *map(seed_cost, lines), strict=True))
-    return params / CIFAR100_PARAMS + (SEED_MULT_WEIGHT * mults + SEED_ADD_WEIGHT * adds) / CIFAR100_OPS

@@ -1,4 +1,4 @@
-"""micronet: train small image classifiers with fastai, compress them, and count what they cost.
+"""micronet: train small image classifiers with fastai, and count what they cost.
 
 The names are found when they are first used: importing micronet imports neither torch nor fastai.
 """
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from micronet.recipe import Fit as Fit
     from micronet.recipe import Recipe as Recipe
     from micronet.recipe import load_recipe as load_recipe
+    from micronet.rules import RULES as RULES
+    from micronet.rules import Assume as Assume
+    from micronet.rules import Rules as Rules
     from micronet.run import RunOptions as RunOptions
     from micronet.run import run as run
     from micronet.score import Score as Score
@@ -39,6 +42,9 @@ _HOMES = {
     "Fit": "recipe",
     "Recipe": "recipe",
     "load_recipe": "recipe",
+    "RULES": "rules",
+    "Assume": "rules",
+    "Rules": "rules",
     "RunOptions": "run",
     "run": "run",
     "Score": "score",

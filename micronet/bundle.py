@@ -38,6 +38,8 @@ class Bundle:
         std: what to divide each channel by after that.
         history: one row of measured numbers for each stage that made the network.
         provenance: recipe, options, seed, versions, hardware, git state.
+        masks: for each masked parameter, by its name in the state dict, a bool tensor of its shape: False where the
+            parameter is zero and stays so. They declare which zeros are meant.
     """
 
     model: nn.Module
@@ -49,6 +51,7 @@ class Bundle:
     std: tuple[float, ...]
     history: list[dict[str, Any]] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
+    masks: dict[str, Tensor] = field(default_factory=dict)
 
 
 def save(bundle: Bundle, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -59,7 +62,11 @@ def save(bundle: Bundle, path: str | Path, *, dtype: torch.dtype | None = None) 
         path: the file.
         dtype: floating-point type of the stored weights, such as `torch.float16` for half the size; None as they are.
             `load` gives float32 back: the network that the file describes is the rounded one.
+
+    Raises:
+        MicronetError: a mask belongs to no parameter, or a parameter is not zero where its mask says so.
     """
+    _check_masks(bundle.masks, bundle.model.state_dict())
     state = {name: value.detach().cpu().contiguous() for name, value in bundle.model.state_dict().items()}
     if dtype is not None:
         state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
@@ -75,6 +82,7 @@ def save(bundle: Bundle, path: str | Path, *, dtype: torch.dtype | None = None) 
         "std": [float(x) for x in bundle.std],
         "history": bundle.history,
         "provenance": bundle.provenance,
+        "masks": {name: mask.detach().cpu().contiguous() for name, mask in bundle.masks.items()},
     }
     write_atomically(plain(content), path)
 
@@ -95,6 +103,8 @@ def load(path: str | Path, *, factory: Callable[..., nn.Module] | None = None) -
     try:
         build = factory or find_factory(content["factory"], kwargs)
         model = _fill(build, kwargs, content["state"], trusted=factory is not None)
+        masks = content.get("masks", {})
+        _check_masks(masks, content["state"])
     except MicronetError as error:
         raise MicronetError(f"{path}: {error}") from error
     return Bundle(
@@ -107,6 +117,7 @@ def load(path: str | Path, *, factory: Callable[..., nn.Module] | None = None) -
         std=tuple(content["std"]),
         history=content["history"],
         provenance=content["provenance"],
+        masks=masks,
     )
 
 
@@ -132,7 +143,10 @@ def _read(path: Path) -> dict[str, Any]:
     except Exception as error:  # on damaged bytes the restricted unpickler fails with whatever comes
         raise MicronetError(f"{path}: damaged: {first_line(error)[:160]}; copy or make it again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise MicronetError(f"{path}: a PyTorch file, but not a bundle of micronet's ({_outline(content)})")
+        raise MicronetError(
+            f"{path}: a PyTorch file, but not a bundle of micronet's ({_outline(content)}); "
+            "`micronet score` reads a plain state dict with --arch"
+        )
     if not isinstance(content.get("version"), int) or content["version"] > VERSION:
         raise MicronetError(
             f"{path}: format version {content.get('version')}, this micronet reads up to {VERSION}: update micronet"
@@ -157,10 +171,12 @@ def _check_fields(content: dict[str, Any], path: Path) -> None:
     for name, kind in (kinds | {"history": list, "provenance": dict}).items():
         if not isinstance(content.get(name), kind):
             raise MicronetError(f"{path}: damaged: its {name} is not a {kind.__name__}; make it again")
+    if not isinstance(content.get("masks", {}), dict):  # files of earlier versions have none
+        raise MicronetError(f"{path}: damaged: its masks are not a dict; make it again")
     size, numbers = content["input_size"], [*content["mean"], *content["std"]]
     sound = (
         is_plain(content["kwargs"])
-        and all(_is_whole(value) for value in content["state"].values())
+        and all(_is_whole(value) for value in [*content["state"].values(), *content.get("masks", {}).values()])
         and all(isinstance(name, str) for name in [*content["classes"], *content["state"]])
         and all(isinstance(row, dict) for row in content["history"])
         and len(size) == 3
@@ -177,6 +193,15 @@ def _is_whole(value: Any) -> bool:
     """Whether a file holds every element of a tensor: a hostile one can claim any shape for none, or for one."""
     dense = isinstance(value, Tensor) and value.layout == torch.strided
     return dense and value.device.type == "cpu" and value.is_contiguous()
+
+
+def _check_masks(masks: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    for name, mask in masks.items():
+        value = state.get(name)
+        if value is None or mask.dtype is not torch.bool or mask.shape != value.shape:
+            raise MicronetError(f"the mask of {name} is not a bool tensor of a parameter's shape")
+        if bool((value[~mask] != 0).any()):
+            raise MicronetError(f"{name} is not zero where its mask says so: it is not as sparse as it claims")
 
 
 def _outline(content: Any) -> str:

@@ -7,10 +7,14 @@ from typing import Annotated
 
 import typer
 
+from micronet import __version__
 from micronet.cli_options import (
+    Command,
     DataFolder,
+    DataPlace,
     Device,
     Factory,
+    Group,
     ModelFile,
     RecipeFile,
     Seed,
@@ -22,16 +26,23 @@ from micronet.cli_options import (
     split_of,
     use_data,
 )
+from micronet.cli_plan import plan
+from micronet.cli_score import score
 from micronet.errors import MicronetError
 
 app = typer.Typer(
-    help="Train small image classifiers, compress them, and count what they cost.",
+    cls=Group,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Fetch and look at data sets.", no_args_is_help=True, rich_markup_mode="markdown")
+data_app = typer.Typer(
+    cls=Group,
+    help="Fetch and look at data sets.\n\nExample: `micronet data show cifar100 -o grid.png`",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
 app.add_typer(data_app, name="data")
 
 
@@ -53,7 +64,25 @@ def main() -> None:
         sys.exit(130)
 
 
-@app.command()
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"micronet {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Train small image classifiers, count their parameters and operations, score and compare them.
+
+    Example: `micronet fit recipes/quickstart.py`
+    """
+
+
+@app.command(cls=Command)
 def fit(
     recipe: RecipeFile,
     settings: Settings = None,
@@ -77,7 +106,7 @@ def fit(
     given = parse_settings(settings)
     use_data(data_dir)
     check_device(device)
-    from micronet.folder import read_rows, set_aside
+    from micronet.folder import is_begun, read_rows, set_aside
     from micronet.recipe import load_recipe
     from micronet.report import stages_table
     from micronet.run import RunOptions, run
@@ -91,54 +120,22 @@ def fit(
     try:
         run(plan, folder, options, source=recipe, console=console)
     except KeyboardInterrupt:
-        print(f"\nmicronet: interrupted; the same command goes on from the last epoch in {folder}", file=sys.stderr)
+        if is_begun(folder):
+            then = f"the same command goes on from the last finished epoch in {folder}"
+        else:
+            then = f"no epoch is finished and nothing is saved yet: the same command starts again in {folder}"
+        print(f"\nmicronet: interrupted; {then}", file=sys.stderr)
         sys.exit(130)
     console.print(stages_table(read_rows(folder)))
     console.print(f"model: {folder / 'model.pth'}")
     console.print(f"next:  micronet score {folder / 'model.pth'}")
 
 
-@app.command()
-def score(
-    model: ModelFile,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON, a stable form for programs.")] = False,
-    factory: Factory = None,
-) -> None:
-    """Count parameters and operations of a model, and score them.
-
-    The rules are those of the fastai entry to the MicroNet Challenge 2019 ("seed"): all parameters at 32 bits;
-    multiplications of convolutions, linear layers and global average pooling at 16 bits, their additions at 32.
-
-    Example: `micronet score runs/wrn_cifar100/model.pth --json`
-    """
-    from dataclasses import replace
-
-    from micronet.bundle import load
-    from micronet.score import score as score_model
-
-    build = find_users_factory(factory)
-    bundle = load(model, factory=build)
-    result = replace(score_model(bundle.model, input_size=bundle.input_size), model=str(model))
-    if json:
-        from json import dumps
-
-        print(dumps(result.to_json(), indent=1))
-        return
-    from micronet.report import score_table, totals_table
-
-    console = make_console()
-    console.print(score_table(result))
-    console.print(totals_table(result))
-    rules = result.rules
-    console.print(
-        f"score  = {result.params:,} params / {rules.params_norm:,.0f}"
-        f" + {result.ops:,.0f} ops / {rules.ops_norm:,.0f}\n"
-        f"       = {result.score_params:.7f} + {result.score_ops:.7f} = [bold]{result.score:.7f}[/bold]",
-        highlight=False,
-    )
+app.command(cls=Command)(plan)
+app.command(cls=Command)(score)
 
 
-@app.command()
+@app.command(cls=Command)
 def evaluate(
     model: ModelFile,
     data: Annotated[str, typer.Option(help="digits, cifar10, cifar100, or the path of an image folder.")],
@@ -148,10 +145,7 @@ def evaluate(
     ] = None,
     device: Device = None,
     factory: Factory = None,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option("--data-dir", "-d", envvar="MICRONET_DATA", help="Where the data set or its .tgz lies."),
-    ] = None,
+    data_dir: DataPlace = None,
 ) -> None:
     """Measure a model on a split: top-1 and top-5 as counts, loss, confusion matrix and worst classes.
 
@@ -161,36 +155,17 @@ def evaluate(
         raise typer.BadParameter(f"--split must be train, valid or test, got {split!r}")
     use_data(data_dir)
     check_device(device)
-    from dataclasses import replace
-
     from micronet.bundle import load
-    from micronet.data import by_name, plain_loader
-    from micronet.evaluate import evaluate as measure
-    from micronet.learner import pick_device
+    from micronet.measure import measure
+    from micronet.model_source import of_bundle
     from micronet.report import plot_confusion
 
     bundle = load(model, factory=find_users_factory(factory))
-    images = by_name(data, size=bundle.input_size[1], **split_of(bundle, model, data, split))
-    if images.input_size != bundle.input_size:
-        raise MicronetError(
-            f"{model}: takes images of {'x'.join(map(str, bundle.input_size))} (channels, height, width), "
-            f"those of {data} are {'x'.join(map(str, images.input_size))}"
-        )
-    if images.classes != bundle.classes:
-        raise MicronetError(
-            f"{model}: its {len(bundle.classes)} classes ({', '.join(bundle.classes[:3])}, ...) are not the "
-            f"{len(images.classes)} of {data} ({', '.join(images.classes[:3])}, ...)"
-        )
-    chosen = getattr(images, split)
-    if chosen is None:
-        raise MicronetError(f"{data} has no {split} split")
-    device = pick_device(device)
-    # The network's own mean and std: what it was trained with.
-    images = replace(images, mean=bundle.mean, std=bundle.std)
-    result = measure(bundle.model, plain_loader(chosen, images, device=device), device)
+    measured = measure(of_bundle(bundle, str(model)), data, split, device, **split_of(bundle, model, data, split))
+    images, result = measured.data, measured.result
     console = make_console()
     console.print(
-        f"{model} on {images.name} {split}, {device}, float32:\n"
+        f"{model} on {images.name} {split}, {measured.device}, float32:\n"
         f"top-1  {result.top1_count:,} of {result.images:,} = {100 * result.top1:.2f} %\n"
         f"top-5  {result.top5_count:,} of {result.images:,} = {100 * result.top5:.2f} %\n"
         f"loss   {result.loss:.4f} (cross-entropy)",
@@ -201,7 +176,7 @@ def evaluate(
     console.print(f"confusion matrix and worst classes: {target}")
 
 
-@app.command("lr-find")
+@app.command("lr-find", cls=Command)
 def lr_find(
     recipe: RecipeFile,
     settings: Settings = None,
@@ -213,6 +188,9 @@ def lr_find(
     data_dir: DataFolder = None,
 ) -> None:
     """Try growing learning rates on a recipe's first stage, draw the loss, and suggest one.
+
+    That is the rate at which the smoothed loss was least: the highest that a schedule which warms up should reach. It
+    tells the power of ten; the plot shows how sharp it is.
 
     Example: `micronet lr-find recipes/resnet20_cifar10.py -o lr.png`
     """
@@ -227,10 +205,13 @@ def lr_find(
     rates, losses, suggested = find_lr(plan, steps=steps, seed=seed, limit=limit, device=device)
     plot_lr_find(rates, losses, suggested, out)
     console = make_console()
-    console.print(f"suggested learning rate: {suggested:.2g} (the recipe has {plan.stages[0].lr:g}); plot: {out}")
+    console.print(
+        f"suggested learning rate: {suggested:.2g}, where the smoothed loss was least "
+        f"(the recipe has {plan.stages[0].lr:g}); plot: {out}"
+    )
 
 
-@data_app.command("fetch")
+@data_app.command("fetch", cls=Command)
 def data_fetch(
     name: Annotated[str, typer.Argument(help="digits, cifar10 or cifar100.", show_default=False)],
     data_dir: DataFolder = None,
@@ -245,7 +226,7 @@ def data_fetch(
     make_console().print(f"{name} is ready in {fetch(name)}")
 
 
-@data_app.command("show")
+@data_app.command("show", cls=Command)
 def data_show(
     name: Annotated[str, typer.Argument(help="digits, cifar10, cifar100, a folder, or a recipe.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", help="The picture.")] = Path("grid.png"),
@@ -254,23 +235,29 @@ def data_show(
     seed: Seed = 0,
     data_dir: DataFolder = None,
 ) -> None:
-    """Draw what the network will see: training images, augmented as in the WRN recipe, or as a recipe of yours does.
+    """Draw training images: those of a recipe as its network will see them, augmented as the recipe says.
+
+    By its name alone, cifar10 or cifar100 is drawn with the augmentation of the WRN recipe, other images as they are.
 
     Example: `micronet data show recipes/resnet20_cifar10.py -o grid.png`
     """
     use_data(data_dir)
     from dataclasses import replace
 
-    from micronet.data import by_name, loaders, wrn_augment
+    from micronet.data import by_name, loaders, usual_augment
     from micronet.recipe import blaming, load_recipe
     from micronet.report import new_figure, save_figure
 
     with blaming(name):
-        chosen = load_recipe(name).data() if name.endswith(".py") else replace(by_name(name), augment=wrn_augment())
+        if name.endswith(".py"):
+            chosen = load_recipe(name).data()
+        else:
+            chosen = replace(by_name(name), augment=usual_augment(name))
     if plain:
         chosen = replace(chosen, augment=None)
     new_figure()  # sets a backend that opens no window
     with blaming(name):
         loader = loaders(replace(chosen, batch_size=min(images, len(chosen.train))), seed=seed).train
     save_figure(loader.show_batch(max_n=images, show=False), out)
-    make_console().print(f"{min(images, len(chosen.train))} training images of {chosen.name}: {out}")
+    how = "augmented" if chosen.augment else "not augmented"
+    make_console().print(f"{min(images, len(chosen.train))} training images of {chosen.name}, {how}: {out}")

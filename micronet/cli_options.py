@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from micronet.errors import MicronetError, first_line
 
@@ -24,12 +25,40 @@ DataFolder = Annotated[
     Path | None,
     typer.Option("--data", "-d", metavar="DIR", envvar="MICRONET_DATA", help="Where the data set or its .tgz lies."),
 ]
+# Where --data is taken by the name of the data set.
+DataPlace = Annotated[
+    Path | None,
+    typer.Option("--data-dir", "-d", envvar="MICRONET_DATA", help="Where the data set or its .tgz lies."),
+]
+DataName = Annotated[
+    str | None, typer.Option(help="Measure the accuracy, too: digits, cifar10, cifar100, or an image folder.")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by default a GPU where there is one.")]
 Seed = Annotated[int, typer.Option(min=0, max=10**8, help="Of all that is drawn.")]
 Factory = Annotated[
     str | None,
     typer.Option(metavar="FILE:NAME", help="Build the network with this function of yours. Runs the file's code."),
 ]
+
+
+class _PlainFlags:
+    """Help in which an option that takes no value shows no type; typer writes `<bool>` beside it."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The command's parameters, flags without a type."""
+        params = super().get_params(ctx)
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return params
+
+
+class Command(_PlainFlags, TyperCommand):
+    """A command with such help."""
+
+
+class Group(_PlainFlags, TyperGroup):
+    """A group of commands with such help."""
 
 
 def make_console() -> "Console":

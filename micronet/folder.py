@@ -22,6 +22,15 @@ def read_rows(folder: str | Path) -> list[dict[str, Any]]:
     return [json.loads(place.read_text()) for place in places]
 
 
+def is_begun(folder: str | Path) -> bool:
+    """Whether a run folder holds an epoch or a stage that a later command would go on from.
+
+    Args:
+        folder: a run folder, or none.
+    """
+    return any(any(Path(folder).glob(f"*-*/{name}")) for name in ("checkpoint.pth", "row.json"))
+
+
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file to a place where it is whole or absent."""
     with whole_or_absent(target) as beside:

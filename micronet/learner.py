@@ -4,6 +4,7 @@ import pickle
 import random
 import tempfile
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,8 @@ def run_fit(
     extra += [EarlyStop(fit.early_stop)] if fit.early_stop else []
     extra += [Checkpoint(checkpoint, state)] if checkpoint is not None else []
     start = state["epoch"] if state else 0
+    if state:
+        console.print(f"going on from epoch {start} of {fit.epochs} of stage {fit.name}", highlight=False)
     try:
         if isinstance(fit.schedule, OneCycle):
             one = fit.schedule
@@ -148,6 +151,9 @@ def run_fit(
             learn.fit(fit.epochs, fit.lr, cbs=[scheduler, *extra], start_epoch=start)
     finally:
         table.close()
+    ran = len(history.rows)
+    if best and history.diverged is None and best.best_epoch is not None and best.best_epoch + 1 < ran:
+        console.print(f"kept epoch {best.best_epoch + 1} of {ran}: best top-1 on validation", highlight=False)
     lrs = [float(lr) for lr in learn.recorder.lrs]
     return FitResult(history.rows, lrs, best.best_epoch if best else None, history.diverged)
 
@@ -174,10 +180,14 @@ def find_lr(
         device: where to train; None for a GPU where there is one.
 
     Returns:
-        Learning rates, smoothed losses, and fastai's suggestion (the longest valley of the loss).
+        Learning rates, smoothed losses, and the rate at which the smoothed loss was least: a schedule that warms up can
+        go as high.
 
     Raises:
-        MicronetError: the loss had no valley.
+        MicronetError: the loss did not fall.
+
+    Source: Smith 2017, "Cyclical Learning Rates": the largest rate is where the loss stops falling. fastai's rules suit
+        other schedules: "valley" takes the middle, on a log scale, of the whole way down, "minimum" a tenth of this.
     """
     seed_all(seed)
     device = pick_device(device)
@@ -186,9 +196,14 @@ def find_lr(
             data = recipe.data() if limit is None else recipe.data().limit(limit)
             model = recipe.model(num_classes=data.num_classes)
             learn = make_learner(recipe.stages[0], model, data, device=device, seed=seed, path=folder)
-        try:
-            found = learn.lr_find(num_it=steps, show_plot=False)
-        except (IndexError, ValueError) as error:
-            raise MicronetError(f"no learning rate to suggest: the loss had no valley in {steps} steps") from error
+        # fastai's 0.98 averages over about 50 steps, half of 100, and so smears the loss over four powers of ten.
+        learn.recorder.smooth_loss.beta = max(0.0, 1 - 10 / steps)
+        learn.lr_find(num_it=steps, show_plot=False, suggest_funcs=None)
+    rates = [float(lr) for lr in learn.recorder.lrs]
     losses = [float(loss) for loss in learn.recorder.losses]
-    return [float(lr) for lr in learn.recorder.lrs], losses, float(found.valley)
+    first = steps // 10  # before, too few batches are averaged: a lucky one would be the least of all
+    finite = [place for place in range(first, len(losses)) if isfinite(losses[place])]
+    least = min(finite, key=losses.__getitem__, default=0)
+    if not finite or losses[least] > 0.999 * losses[finite[0]]:  # one part in a thousand is noise
+        raise MicronetError(f"no learning rate to suggest: the loss did not fall in {steps} steps")
+    return rates, losses, rates[least]

@@ -81,7 +81,8 @@ class Table(Callback):
         self.learn.logger = lambda _: None  # the Recorder's own table
         self._printed = 0
         names = [name for name in self.learn.recorder.metric_names if name != "time"]
-        self._console.print("  ".join(f"{name:>{_width(name)}}" for name in [*names, "lr", "seconds"]), style="bold")
+        cells = [f"{_TITLES.get(name, name):>{_width(name)}}" for name in [*names, "lr", "seconds"]]
+        self._console.print("  ".join(cells), style="bold")
         self._print_rows()
 
     def before_train(self) -> None:
@@ -120,13 +121,18 @@ class Table(Callback):
         self._printed = len(self._rows.rows)
 
 
+_TITLES = {"top1": "top-1", "top5": "top-5"}  # shares; printed as per cent, as everywhere that an accuracy is printed
+
+
 def _width(name: str) -> int:
-    return max(len(name), 7)
+    return max(len(name), len("100.00 %") if name in _TITLES else 7)
 
 
 def _format(name: str, value: Any) -> str:
     if not isinstance(value, float):
         return "-" if value is None else str(value + 1 if name == "epoch" else value)
+    if name in _TITLES:
+        return f"{100 * value:.2f} %"
     if name == "lr":
         return f"{value:.2g}"
     return f"{value:.1f}" if name == "seconds" else f"{value:.4f}"

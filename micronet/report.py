@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from micronet.evaluate import Evaluation
-    from micronet.score import Score
 
 
 def write_text(text: str, path: str | Path) -> None:
@@ -81,19 +80,22 @@ def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4
     return figure, axes if rows * columns > 1 else axes[0, 0]
 
 
-def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str) -> None:
+def plot_curves(
+    rows: Sequence[Mapping[str, Any]], path: str | Path, title: str, training: str = "training"
+) -> None:
     """Draw losses and accuracies over the epochs of a fit.
 
     Args:
         rows: one dict an epoch with `train_loss`, `valid_loss`, `top1`, `top5`.
         path: the PNG.
         title: named above the plot.
+        training: what the training loss is of, for the legend; it is no loss of plain images where they are augmented.
     """
     figure, axes = new_figure(1, 2, (9.6, 3.8))
     left, right = axes[0]
     epochs = [row["epoch"] + 1 for row in rows]
     marker = "o" if len(rows) < 40 else None
-    for name, label in (("train_loss", "training, as augmented and smoothed"), ("valid_loss", "validation")):
+    for name, label in (("train_loss", training), ("valid_loss", "validation")):
         left.plot(epochs, [row[name] for row in rows], label=label, marker=marker, markersize=3)
     left.set(xlabel="epoch", ylabel="cross-entropy", title=title)
     left.legend(frameon=False)
@@ -133,7 +135,7 @@ def plot_lr_find(rates: Sequence[float], losses: Sequence[float], suggested: flo
     """
     figure, ax = new_figure()
     ax.plot(rates, losses)
-    ax.axvline(suggested, color="tab:orange", linestyle="--", label=f"suggested: {suggested:.2g}")
+    ax.axvline(suggested, color="tab:orange", linestyle="--", label=f"suggested: {suggested:.2g} (least loss)")
     ax.set(xlabel="learning rate", ylabel="training loss, smoothed", xscale="log", title="learning-rate finder")
     ax.legend(frameon=False)
     ax.grid(alpha=0.3)
@@ -155,7 +157,8 @@ def plot_confusion(evaluation: "Evaluation", classes: Sequence[str], path: str |
     left, right = axes[0]
     share = evaluation.confusion.double() / evaluation.confusion.sum(1, keepdim=True).clamp(min=1)
     image = left.imshow(100 * share.numpy(), cmap="magma_r", vmin=0, vmax=100, interpolation="nearest")
-    figure.colorbar(image, ax=left, shrink=0.7, label="% of the class's images")
+    # Below the matrix: beside it, its label would read as the bar chart's axis.
+    figure.colorbar(image, ax=left, location="bottom", shrink=0.6, aspect=30, label="share of the label's images, %")
     ticks = range(count) if count <= 20 else range(0, count, 5)
     size = 8 if count <= 20 else 6
     left.set_xticks(ticks, [classes[i] for i in ticks], rotation=90, fontsize=size)
@@ -168,42 +171,6 @@ def plot_confusion(evaluation: "Evaluation", classes: Sequence[str], path: str |
         right.text(100 * accuracy[i].item() + 1, place, f"{100 * accuracy[i].item():.0f}", va="center", fontsize=8)
     right.set(xlabel="right, %", xlim=(0, 108), title="worst classes")
     save_figure(figure, path)
-
-
-def score_table(score: "Score") -> Table:
-    """Lay out a score layer by layer; lines that the rules do not count are left out.
-
-    Args:
-        score: what to show.
-    """
-    table = Table(title=f"{score.model} - rules: {score.rules.name}", title_justify="left")
-    table.add_column("layer", overflow="fold")
-    table.add_column("operation")
-    for column in ("in", "out", "weights", "mults", "adds"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for line in score.lines:
-        if line.mults or line.adds:
-            shapes = ("x".join(map(str, shape)) for shape in (line.in_shape, line.out_shape))
-            numbers = (f"{n:,}" for n in (line.weights, line.mults, line.adds))
-            table.add_row(line.name, line.op, *shapes, *numbers)
-    return table
-
-
-def totals_table(score: "Score") -> Table:
-    """Lay out a score's totals, and the share of each kind of operation.
-
-    Args:
-        score: what to show.
-    """
-    table = Table(title="totals, for one image", title_justify="left")
-    table.add_column("")
-    for column in ("mults", "adds", "ops"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for op, part in score.by_op.items():
-        table.add_row(f"{op} ({part['lines']})", *(f"{part[name]:,.0f}" for name in ("mults", "adds", "ops")))
-    table.add_section()
-    table.add_row("all", f"{score.mults:,}", f"{score.adds:,}", f"{score.ops:,.0f}", style="bold")
-    return table
 
 
 def stages_table(rows: Sequence[Mapping[str, Any]]) -> Table:

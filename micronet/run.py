@@ -14,6 +14,7 @@ from torch import nn
 from micronet import bundle as bundles
 from micronet.bundle import Bundle
 from micronet.data import Data, ImageSet, plain_loader
+from micronet.differences import differences
 from micronet.errors import MicronetError
 from micronet.evaluate import evaluate
 from micronet.factories import describe_factory, innermost
@@ -143,13 +144,12 @@ class _Run:
         return now
 
     def _compare(self, then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-        old, new = flat(_listed(then["resolved"])), flat(_listed(now["resolved"]))
-        differing = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        differing = differences(then["resolved"], now["resolved"])
         if differing:
-            key = differing[0]
+            more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise MicronetError(
-                f"{self.folder}: holds a run of other values ({key.rstrip('_')} was {old.get(key)!r}, is "
-                f"{new.get(key)!r}): choose another folder with -o, or start over with --fresh"
+                f"{self.folder}: holds a run of other values ({'; '.join(differing[:3])}{more}): choose another folder "
+                "with -o, or start over with --fresh"
             )
         threads = then["hardware"]["threads"]
         if threads != torch.get_num_threads():
@@ -211,9 +211,10 @@ class _Run:
     def _announce(self, fit: Fit, model: nn.Module) -> None:
         params = sum(p.numel() for p in model.parameters())
         bf16, channels_last = precision(fit, self.device)
+        epochs = "1 epoch" if fit.epochs == 1 else f"{fit.epochs} epochs"
         how = ("bf16" if bf16 else "float32") + (", channels_last" if channels_last else "")
         self.console.print(
-            f"stage {fit.name}: {self.factory.partition(':')[2]}, {params:,} parameters; {fit.epochs} epochs on "
+            f"stage {fit.name}: {self.factory.partition(':')[2]}, {params:,} parameters; {epochs} on "
             f"{self.device} in {how}, {torch.get_num_threads()} threads",
             highlight=False,
         )
@@ -246,13 +247,14 @@ class _Run:
         }
         if index == len(self.recipe.stages) - 1 and data.test is not None:
             row["test"] = self._evaluate(bundle.model, data.test, data)
-        totals = score(bundle.model.cpu(), input_size=data.input_size).to_json()["totals"]
-        row |= {name: totals[name] for name in ("params", "mults", "adds", "macs", "ops", "score")}
+        cost = score(place / "model.pth")
+        row |= {"params": cost.ledger.params, "rules": cost.rules.name}  # params as trained; storage as deployed
+        row |= {name: getattr(cost, name) for name in ("storage", "mults", "adds", "macs", "ops", "score")}
         bundle.history = [*read_rows(self.folder), row]
         bundles.save(bundle, place / "model.pth")
         if result.rows:
             write_csv(result.rows, place / "history.csv")
-            plot_curves(result.rows, place / "curves.png", f"{self.folder.name}: {fit.name}")
+            plot_curves(result.rows, place / "curves.png", f"{self.folder.name}: {fit.name}", _training(fit, data))
             plot_rates(result.lrs, place / "lr.png", f"{self.folder.name}: {fit.name}")
         row["file_bytes"] = (place / "model.pth").stat().st_size
         write_text(json.dumps(row, indent=1) + "\n", place / "row.json")
@@ -262,13 +264,11 @@ class _Run:
         return evaluate(model, plain_loader(images, data, device=self.device), self.device).row()
 
 
-def _listed(value: Any) -> Any:
-    """Turn lists into dicts by position, so that `flat` names their items."""
-    if isinstance(value, dict):
-        return {key: _listed(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return {str(place): _listed(item) for place, item in enumerate(value)}
-    return value
+def _training(fit: Fit, data: Data) -> str:
+    """What a fit's training loss is of, in a few words."""
+    changes = [("augmented", data.augment), ("smoothed", fit.label_smoothing)]
+    changed = " and ".join(word for word, given in changes if given)
+    return f"training, as {changed}" if changed else "training"
 
 
 def _tensorboard(place: Path) -> tuple[Callback, ...]:

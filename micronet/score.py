@@ -1,122 +1,119 @@
-"""Whose rules turn the lines of `callbacks/op_trace.py` into a score, and the score with all that it sums up."""
+"""A score: what a network costs by one set of rules, every total a sum over the ledger's lines and arrays."""
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from os import PathLike, fspath
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from callbacks.op_trace import (
-    CIFAR100_OPS,
-    CIFAR100_PARAMS,
-    SEED_ADD_WEIGHT,
-    SEED_MULT_WEIGHT,
-    Line,
-    count_ops,
-    seed_cost,
-    total_params,
-)
+from callbacks.ledger import Array, Ledger, Line
 from micronet.errors import MicronetError
+from micronet.rules import Assume, Rules, Tally, official
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
-@dataclass(frozen=True)
-class Rules:
-    """How one source counts.
-
-    The score is `params / params_norm + (mult_weight * mults + add_weight * adds) / ops_norm`.
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """What was measured on the gate's data: counts, so that no rounding decides.
 
     Args:
-        name: What the source is called here.
-        params_norm: Parameters that score 1.
-        ops_norm: Operations that score 1.
-        mult_weight: Operations that one multiplication counts as.
-        add_weight: Operations that one addition counts as.
-        cost: The multiplications and additions that a line counts as; `(0, 0)` where it is not counted.
-        source: Where the rules were published.
+        data: Data set and split: `cifar100 test`.
+        correct: Images that were right.
+        images: Of how many.
     """
 
-    name: str
-    params_norm: float
-    ops_norm: float
-    mult_weight: float
-    add_weight: float
-    cost: Callable[[Line], tuple[int, int]]
-    source: str
+    data: str
+    correct: int
+    images: int
 
 
-seed = Rules(
-    name="seed",
-    params_norm=CIFAR100_PARAMS,
-    ops_norm=CIFAR100_OPS,
-    mult_weight=SEED_MULT_WEIGHT,
-    add_weight=SEED_ADD_WEIGHT,
-    cost=seed_cost,
-    source="the fastai entry to the MicroNet Challenge 2019, write-up of 2019-10-08",
-)
-"""As the fastai entry counted, which printed 0.46343 for its WideResNet-22-6 (0.46343931, cut and not rounded).
-
-Parameters are all parameters, BatchNorm's too, at full width. Convolutions, linear layers and global average pools
-count and nothing else: no BatchNorm, ReLU, residual add. Oddities: multiplications are halved for 16 bits while the
-parameters are not, a linear layer's bias is not added, and a global average pool adds once more per channel than it
-has to. Layers that are fed by parameters alone count, as they run. What the write-up's second version counted for ReLU
-is left out.
-"""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Score:
-    """What a network costs for one image by one set of rules; every total is a sum over `lines`.
+    """What a network costs for one image by one set of rules.
 
     Args:
         model: Path of the model, or the name of its class.
         input_size: **Shape** of the image, `(C, H, W)`.
+        ledger: What it computes and stores, whoever counts.
         rules: Who counted.
-        params: Count of all parameters.
-        lines: What runs, in order, with the mults and adds that the rules count: zero where they do not count a line.
+        tally: The ledger as these rules count it.
+        assume: What was assumed and not found.
+        accuracy: What was measured, if anything.
     """
 
     model: str
     input_size: tuple[int, ...]
+    ledger: Ledger
     rules: Rules
-    params: int
-    lines: tuple[Line, ...]
+    tally: Tally
+    assume: Assume = field(default_factory=Assume)
+    accuracy: Accuracy | None = None
 
     @property
-    def mults(self) -> int:
+    def lines(self) -> tuple[Line, ...]:
+        """What runs, in order, with the mults, adds and ops that the rules count: zero where they count nothing."""
+        return self.tally.lines
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """What is stored."""
+        return self.ledger.arrays
+
+    @property
+    def params(self) -> int:
+        """Numbers that the rules count as parameters."""
+        return self.tally.params
+
+    @property
+    def storage(self) -> float:
+        """32-bit words that they take."""
+        return self.tally.storage
+
+    @property
+    def mults(self) -> float:
         """Multiplications."""
         return sum(line.mults for line in self.lines)
 
     @property
-    def adds(self) -> int:
+    def adds(self) -> float:
         """Additions."""
         return sum(line.adds for line in self.lines)
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of the convolutions and linear layers."""
+        """Multiply-accumulates of convolutions, linear layers and matrix products, zeros among the weights included."""
         return sum(line.macs for line in self.lines)
 
     @property
     def ops(self) -> float:
         """Operations: multiplications and additions, weighted by the rules."""
-        return self.ops_of(self.lines)
+        return sum(line.ops for line in self.lines)
 
     @property
     def score_params(self) -> float:
         """The parameters' part of the score."""
-        return self.params / self.rules.params_norm
+        return self.tally.score_params
 
     @property
     def score_ops(self) -> float:
         """The operations' part of the score."""
-        return self.ops / self.rules.ops_norm
+        return self.tally.score_ops
 
     @property
     def score(self) -> float:
         """The score: the less the better."""
         return self.score_params + self.score_ops
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes of activations alive at once."""
+        return self.ledger.peak_bytes
+
+    @property
+    def uncounted(self) -> tuple[str, ...]:
+        """Operations that no formula covers: the score is too low by what they cost."""
+        return self.ledger.uncounted
 
     @property
     def by_op(self) -> dict[str, dict[str, float]]:
@@ -128,71 +125,108 @@ class Score:
                 "lines": len(lines),
                 "mults": sum(line.mults for line in lines),
                 "adds": sum(line.adds for line in lines),
-                "ops": self.ops_of(lines),
+                "ops": sum(line.ops for line in lines),
             }
             for op, lines in kinds.items()
         }
 
     @property
-    def uncounted(self) -> tuple[str, ...]:
-        """The kinds of operation that no formula covers: right only under rules that do not count them."""
-        return tuple(dict.fromkeys(line.op for line in self.lines if line.rule is None))
-
-    def ops_of(self, lines: Sequence[Line]) -> float:
-        """Weight the multiplications and additions of some lines by the rules."""
-        mults, adds = sum(line.mults for line in lines), sum(line.adds for line in lines)
-        return self.rules.mult_weight * mults + self.rules.add_weight * adds
+    def verdict(self) -> str:
+        """Whether the rules' accuracy was reached, in one sentence with counts."""
+        gate = self.rules.gate
+        asked = f"{gate.correct:,} of {gate.images:,} on {gate.data}"
+        if self.accuracy is None:
+            return f"not qualified: accuracy unknown ({asked} are asked; --data {gate.data} measures it)"
+        got = f"{self.accuracy.correct:,} of {self.accuracy.images:,} correct on {self.accuracy.data}"
+        if self.accuracy.data != f"{gate.data} test" or self.accuracy.images != gate.images:
+            return f"{got}: not qualified, the rules ask for {asked} test"
+        return f"{got}: {'qualifies' if self.accuracy.correct >= gate.correct else f'does not qualify ({asked})'}"
 
     def to_json(self) -> dict[str, Any]:
         """Give plain lists, dicts, strings and numbers, in the form that stays the same from version to version."""
-        totals = ("params", "mults", "adds", "macs", "ops", "score_params", "score_ops", "score")
+        totals = ("params", "storage", "mults", "adds", "macs", "ops", "score_params", "score_ops", "score")
+        assumed = {name: value for name, value in vars(self.assume).items() if value is not None}
+        options = self.rules.options() | {"assumed": assumed} if assumed else self.rules.options()
         return {
             "model": self.model,
             "input": list(self.input_size),
             "rules": self.rules.name,
-            "options": {},
-            "totals": {name: getattr(self, name) for name in totals},
-            "lines": [
-                {key: list(value) if isinstance(value, tuple) else value for key, value in vars(line).items()}
-                for line in self.lines
-            ],
+            "options": options,
+            "totals": {name: getattr(self, name) for name in totals} | {"peak_bytes": self.peak_bytes},
+            "lines": [_plain(line) for line in self.lines],
+            "arrays": [_plain(array) for array in self.arrays],
+            "notes": list(self.tally.notes),
+            "uncounted": list(self.uncounted),
+            "verdict": self.verdict,
         }
 
 
-def _counted(line: Line, rules: Rules) -> Line:
-    mults, adds = rules.cost(line)
-    return dataclasses.replace(line, mults=mults, adds=adds)
+def _plain(record: Line | Array) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(record).items()}
+
+
+def tally(
+    model: str,
+    ledger: Ledger,
+    input_size: Sequence[int],
+    rules: Rules,
+    assume: Assume | None = None,
+    accuracy: Accuracy | None = None,
+) -> Score:
+    """Count a ledger by some rules.
+
+    Args:
+        model: What to call it.
+        ledger: What it computes and stores.
+        input_size: **Shape** of the image, `(C, H, W)`.
+        rules: Who counts.
+        assume: What to take for granted.
+        accuracy: What was measured.
+
+    Raises:
+        MicronetError: The rules know nothing of what is assumed.
+    """
+    assume = assume or Assume()
+    try:
+        counted = rules.count(ledger, rules, assume)
+    except ValueError as error:
+        raise MicronetError(f"{model}: {error}") from error
+    return Score(
+        model=model,
+        input_size=tuple(input_size),
+        ledger=ledger,
+        rules=rules,
+        tally=counted,
+        assume=assume,
+        accuracy=accuracy,
+    )
 
 
 def score(
-    model: nn.Module | str | PathLike[str], *, input_size: Sequence[int] | None = None, rules: Rules = seed
+    model: "nn.Module | str | PathLike[str]",
+    *,
+    input_size: Sequence[int] | None = None,
+    rules: Rules = official,
+    assume: Assume | None = None,
+    masks: Mapping[str, Any] | None = None,
+    allow_unknown: bool = False,
 ) -> Score:
     """Score a network for one image.
 
     Args:
-        model: A module, which is left as it was, or the path of a `model.pth`.
+        model: A module, which is left as it was; the path of a `model.pth` or an ONNX file; `timm:NAME` or
+            `torchvision:NAME` for an untrained network.
         input_size: **Shape** of the image, `(C, H, W)`; None takes the file's own, and `(3, 32, 32)` for a module.
         rules: Who counts.
+        assume: What to take for granted, such as `Assume(bits=8)`.
+        masks: For a module: the mask of each masked parameter. None counts a tensor as sparse where that is smaller.
+        allow_unknown: Whether operations without a rule are listed as uncounted, not refused.
 
     Raises:
-        MicronetError: The file cannot be read, or the network cannot be traced with such an image.
+        MicronetError: The file cannot be read, the network cannot be traced with such an image, or it runs an operation
+            without a rule.
     """
-    if isinstance(model, nn.Module):
-        name, size = type(model).__name__, input_size or (3, 32, 32)
-    else:
-        from micronet.bundle import load
+    from micronet.model_source import open_model
 
-        name = fspath(model)
-        bundle = load(model)
-        model, size = bundle.model, input_size or bundle.input_size
-    try:
-        lines = count_ops(model, size)
-    except ValueError as error:  # TraceError, or an input size that is none
-        raise MicronetError(f"{name}: {error}") from error
-    return Score(
-        model=name,
-        input_size=tuple(size),
-        rules=rules,
-        params=total_params(model),
-        lines=tuple(_counted(line, rules) for line in lines),
-    )
+    source = open_model(model, input_size=input_size, masks=masks)
+    return tally(source.name, source.ledger(allow_unknown=allow_unknown), source.input_size, rules, assume)

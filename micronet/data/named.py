@@ -1,8 +1,9 @@
-"""Finding a data set by what a user types."""
+"""Finding a data set by what a user types, and how its images are usually augmented."""
 
 from pathlib import Path
 from typing import Any
 
+from micronet.data.augment import Augment, wrn_augment
 from micronet.data.sources import cifar10, cifar100, digits, image_folder
 from micronet.data.splits import Data
 from micronet.errors import MicronetError
@@ -25,3 +26,14 @@ def by_name(name: str, size: int = 32, **cut: Any) -> Data:
     if not Path(name).is_dir():
         raise MicronetError(f"no data set {name!r}: give {', '.join(known)}, or the path of an image folder")
     return image_folder(name, size=size, **cut)
+
+
+def usual_augment(name: str) -> Augment | None:
+    """How the images of a data set are usually augmented; None where that is not known.
+
+    Photographs of things stay what they are when mirrored; digits, letters and whatever a folder holds may not.
+
+    Args:
+        name: as `by_name` takes it.
+    """
+    return wrn_augment() if name in ("cifar10", "cifar100") else None

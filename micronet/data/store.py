@@ -73,7 +73,8 @@ def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
 
     def advance(done: int) -> None:
         nonlocal shown
-        if not shown and time.monotonic() - began > 1:
+        # Into a file or a pipe, a bar that is stopped leaves an empty line.
+        if not shown and bar.console.is_interactive and time.monotonic() - began > 1:
             bar.start()
             shown = True
         if shown:

@@ -1,0 +1,98 @@
+"""Accuracy of whatever a model comes as, on a split of a data set, after checking that the two belong together."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, cat, from_numpy, nn, no_grad, zeros
+
+from micronet.errors import MicronetError
+from micronet.evaluate import Evaluation, evaluate
+
+if TYPE_CHECKING:
+    from micronet.data import Data
+    from micronet.model_source import ModelSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """An evaluation and what it was made on.
+
+    Args:
+        result: The counts.
+        data: The image sets, with the mean and deviation that were used.
+        device: Where it was computed.
+    """
+
+    result: Evaluation
+    data: "Data"
+    device: Any
+
+
+class OnnxModule(nn.Module):
+    """An ONNX file as a module, computed by onnxruntime on the CPU.
+
+    Args:
+        path: The file; one input of images, logits as its first output.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        import onnxruntime
+
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own errors share no class
+            raise MicronetError(f"{path}: onnxruntime can't run it: {str(error).splitlines()[0][:200]}") from error
+        first = self.session.get_inputs()[0]
+        self.input, self.batch = first.name, first.shape[0] if isinstance(first.shape[0], int) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, C) of images (B, C, H, W); one by one where the file knows one image only."""
+        parts = x.cpu().split(self.batch or len(x))
+        return cat([from_numpy(self.session.run(None, {self.input: part.numpy()})[0]) for part in parts])
+
+
+def measure(source: "ModelSource", data: str, split: str, device: Any = None, **kwargs: Any) -> Measured:
+    """Count what a model answers on a split.
+
+    Args:
+        source: The model.
+        data: digits, cifar10, cifar100, or the path of an image folder.
+        split: train, valid or test.
+        device: Where to compute; None for a GPU where there is one.
+        kwargs: How the split was cut, as `by_name` takes it.
+
+    Raises:
+        MicronetError: Sizes, channels or classes of the two differ, or there is no such split.
+    """
+    from micronet.data import by_name, plain_loader
+    from micronet.learner import pick_device
+
+    size = source.input_size
+    images = by_name(data, size=size[1] if size else 32, **kwargs)
+    if size and images.input_size != size:
+        raise MicronetError(
+            f"{source.name}: takes images of {'x'.join(map(str, size))} (channels, height, width), "
+            f"those of {data} are {'x'.join(map(str, images.input_size))}"
+        )
+    if source.classes and images.classes != source.classes:
+        raise MicronetError(
+            f"{source.name}: its {len(source.classes)} classes ({', '.join(source.classes[:3])}, ...) are not the "
+            f"{len(images.classes)} of {data} ({', '.join(images.classes[:3])}, ...)"
+        )
+    chosen = getattr(images, split)
+    if chosen is None:
+        raise MicronetError(f"{data} has no {split} split")
+    if source.mean is not None:  # what it was trained with; else the data set's own
+        images = replace(images, mean=source.mean, std=source.std)
+    module = source.module if source.module is not None else OnnxModule(source.path)
+    if any(parameter.is_meta for parameter in module.parameters()):
+        raise MicronetError(f"{source.name}: its weights are untrained: there is nothing to measure")
+    device = pick_device(device if source.path is None else "cpu")
+    with no_grad():
+        logits = module.cpu().eval()(zeros(1, *images.input_size)).shape[-1]
+    if logits != len(images.classes):
+        raise MicronetError(f"{source.name}: gives {logits} logits, {data} has {len(images.classes)} classes")
+    result = evaluate(module, plain_loader(chosen, images, device=device), device)
+    return Measured(result=result, data=images, device=device)

@@ -1,0 +1,267 @@
+"""A score as people read it: tables, CSV, a write-up in Markdown, an explanation in words, two models side by side."""
+
+import csv
+import io
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from callbacks.ledger import Array, Line
+from micronet.rules import stored_bits
+from micronet.score import Score
+
+Row = tuple[str, ...]
+
+
+def _n(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}".removesuffix(".0")
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "1"
+
+
+def _shown(score: Score) -> list[Line]:
+    """The lines that cost or hold something by these rules."""
+    return [line for line in score.lines if line.mults or line.adds or line.weights or line.constants]
+
+
+def _widths(line: Line) -> str:
+    return f"{line.weight_bits}/{line.act_bits}" if line.weights else f"{line.act_bits}"
+
+
+def score_table(score: Score) -> Table:
+    """Lay out a score layer by layer; lines that the rules do not count are left out.
+
+    Args:
+        score: what to show.
+    """
+    table = Table(title=f"{score.model} - rules: {score.rules.name}", title_justify="left")
+    table.add_column("layer", overflow="fold")
+    table.add_column("operation")
+    columns = ("in", "out", "weights", "non-zero", "other", "mults", "adds", "ops", "bits", "alive")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for line in _shown(score):
+        nonzero = _n(line.nonzero) if line.nonzero not in (None, line.weights) else ""
+        numbers = (_n(line.weights), nonzero, _n(line.constants), _n(line.mults), _n(line.adds), _n(line.ops))
+        alive = f"{line.live_bytes / 1024:,.0f} KiB"
+        table.add_row(line.name, line.op, _by(line.in_shape), _by(line.out_shape), *numbers, _widths(line), alive)
+    return table
+
+
+def totals_table(score: Score) -> Table:
+    """Lay out a score's totals, and the share of each kind of operation.
+
+    Args:
+        score: what to show.
+    """
+    table = Table(title="totals, for one image", title_justify="left")
+    table.add_column("")
+    for column in ("mults", "adds", "ops"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for op, part in score.by_op.items():
+        table.add_row(f"{op} ({part['lines']})", *(_n(part[name]) for name in ("mults", "adds", "ops")))
+    table.add_section()
+    table.add_row("all", _n(score.mults), _n(score.adds), _n(score.ops), style="bold")
+    return table
+
+
+def summary(score: Score) -> str:
+    """The formula with its numbers, what was decided and assumed, and whether the model qualifies: lines of text."""
+    rules = score.rules
+    lines = [f"assumed, not measured: {_assumed(score)}"] if score.assume else []
+    lines += [
+        f"params  {score.params:,} numbers in {_n(score.storage)} words of 32 bits ({score.storage * 4 / 1e6:,.3f} MB)",
+        f"memory  at most {score.peak_bytes / 1024:,.0f} KiB of activations alive at once",
+        f"score = {_n(score.storage)} / {rules.params_norm:,.0f} + {_n(score.ops)} / {rules.ops_norm:,.0f}",
+        f"      = {score.score_params:.7f} + {score.score_ops:.7f} = {score.score:.7f}"
+        + (" (an assumption)" if score.assume else ""),
+    ]
+    lines += [f"- {note}" for note in score.tally.notes]
+    if score.uncounted:
+        lines.append(f"- UNCOUNTED, so that the score is too low: {', '.join(score.uncounted)}")
+    return "\n".join([*lines, score.verdict])
+
+
+def _assumed(score: Score) -> str:
+    return ", ".join(f"{name}={value}" for name, value in vars(score.assume).items() if value is not None)
+
+
+_CSV = (
+    "name op module in_shape out_shape taps weights nonzero constants mults adds ops macs weight_bits act_bits".split()
+)
+_CSV += ["acc_bits", "folded", "live_bytes"]
+
+
+def to_csv(score: Score) -> str:
+    """The ledger's lines as the rules count them, a row each, folded ones too."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_CSV)
+    for line in score.lines:
+        values = (getattr(line, name) for name in _CSV)
+        writer.writerow([_by(value) if isinstance(value, tuple) else value for value in values])
+    return text.getvalue()
+
+
+def to_markdown(score: Score) -> str:
+    """A write-up ready to submit: assumptions, table of operations, table of arrays, totals."""
+    rules = score.rules
+    parts = [
+        f"# {score.model}: MicroNet score {score.score:.7f}",
+        f"One image of {' and '.join(map(_by, _sizes(score)))}. Rules: {rules.name} ({rules.source}).",
+        f"**{score.verdict}**",
+        "## Assumptions",
+        "\n".join(f"- {note}" for note in _assumptions(score)),
+        "## Operations",
+        _markdown(
+            ("layer", "operation", "in", "out", "weights", "non-zero", "mults", "adds", "ops", "bits"),
+            [
+                (
+                    line.name,
+                    line.op,
+                    _by(line.in_shape),
+                    _by(line.out_shape),
+                    _n(line.weights),
+                    _n(line.weights if line.nonzero is None else line.nonzero),
+                    _n(line.mults),
+                    _n(line.adds),
+                    _n(line.ops),
+                    _widths(line),
+                )
+                for line in _shown(score)
+            ],
+        ),
+        "## Stored arrays",
+        _markdown(("array", "role", "shape", "elements", "kept"), [_array_row(array) for array in score.arrays]),
+        "## Totals",
+        _markdown(
+            ("", "value"),
+            [
+                ("parameters", _n(score.params)),
+                ("storage, 32-bit words", _n(score.storage)),
+                ("multiplications", _n(score.mults)),
+                ("additions", _n(score.adds)),
+                ("multiply-accumulates", _n(score.macs)),
+                ("operations", _n(score.ops)),
+                ("peak activation memory, bytes", _n(score.peak_bytes)),
+                (f"storage / {rules.params_norm:,.0f}", f"{score.score_params:.9f}"),
+                (f"operations / {rules.ops_norm:,.0f}", f"{score.score_ops:.9f}"),
+                ("**score**", f"**{score.score:.9f}**"),
+            ],
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _sizes(score: Score) -> tuple[tuple[int, ...], ...]:
+    size = score.input_size
+    return size if size and not isinstance(size[0], int) else (size,)
+
+
+def _assumptions(score: Score) -> list[str]:
+    notes = [*score.tally.notes]
+    if score.assume:
+        notes.insert(0, f"Assumed, not measured: {_assumed(score)}.")
+    if score.uncounted:
+        notes.append(f"Uncounted for want of a rule: {', '.join(score.uncounted)}.")
+    notes.append("A BatchNorm or constant factor behind a convolution or linear layer that only it reads is folded.")
+    notes.append("Operations on constants alone are computed once and cost nothing; their results are stored.")
+    return notes
+
+
+def _array_row(array: Array) -> Row:
+    kept = "all" if array.nonzero in (None, array.numel) else f"{array.nonzero:,} ({array.nonzero / array.numel:.1%})"
+    return array.name, array.role, _by(array.shape), f"{array.numel:,} x {array.bits} bits", kept
+
+
+def _markdown(head: Row, rows: Sequence[Row]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines)
+
+
+def explain(score: Score) -> list[str]:
+    """Say in words why each number is what it is, a paragraph for each line of the ledger."""
+    held = {array.name: array for array in score.arrays}
+    return [_explained(line, score, held) for line in score.lines]
+
+
+def _explained(line: Line, score: Score, held: dict[str, Array]) -> str:
+    head = f"{line.name} ({line.op}): {_by(line.in_shape)} -> {_by(line.out_shape)}. "
+    if line.folded:
+        return head + f"Folded into {line.folded}, whose output nothing else reads: no operations, one bias a channel."
+    if not (line.mults or line.adds or line.arrays):
+        return head + f"The {score.rules.name} rules do not count it."
+    said = [_why(line)]
+    if line.nonzero is not None and line.weights and line.mults < line.macs:
+        said.append(f"{line.nonzero:,} of {line.weights:,} weights are kept, so {_n(line.mults)} products are left.")
+    said.append(f"{_n(line.mults)} multiplications and {_n(line.adds)} additions weigh {_n(line.ops)} operations.")
+    for name in line.arrays:
+        array = held[name]
+        bits, density = stored_bits(array, array.bits, score.assume)
+        how = f"sparse, {density:.1%} kept and a mask" if density < 1 else "dense"
+        said.append(
+            f"Stores {name} ({array.role}, {_by(array.shape)}, {array.bits} bits, {how}: {bits / 32:,.2f} words)."
+        )
+    return head + " ".join(said)
+
+
+def _why(line: Line) -> str:
+    n = line.outputs
+    if line.op in ("conv2d", "conv_transpose2d", "linear", "bilinear", "matmul", "einsum"):
+        bias = {
+            (False, False): "without a bias",
+            (True, True): "and 1 for its bias",
+            (False, True): "and 1 for the bias that folding gave it",
+        }[line.own_bias, line.bias]
+        return f"{line.taps:,} products for each of {n:,} outputs, summed by one addition less each {bias}."
+    if line.op == "global_avg_pool" or line.op == "avg_pool":
+        return f"{line.taps:,} terms for each of {n:,} outputs: one addition less each, and one division."
+    if line.op == "max_pool":
+        return f"{line.comparisons:,} comparisons, which count only if asked for."
+    if line.op == "batch_norm":
+        return (
+            "Cannot be folded (what it reads is read by others, or is no layer's output): one factor and one summand."
+        )
+    return f"{line.mults / n:g} multiplications and {line.adds / n:g} additions for each of {n:,} outputs."
+
+
+def against_table(first: Score, second: Score) -> Table:
+    """Put two models side by side: totals, their ratio, and each kind of operation.
+
+    Args:
+        first: one model.
+        second: the other, counted by the same rules.
+    """
+    table = Table(title=f"rules: {first.rules.name}", title_justify="left")
+    table.add_column("")
+    for title in (first.model, second.model, "ratio"):
+        table.add_column(title, justify="right", overflow="fold")
+    names = ("params", "storage", "mults", "adds", "macs", "ops", "peak_bytes", "score_params", "score_ops", "score")
+    for name in names:
+        a, b = getattr(first, name), getattr(second, name)
+        texts = (f"{x:.7f}" if name.startswith("score") else _n(x) for x in (a, b))
+        table.add_row(name, *texts, f"{b / a:.3f}" if a else "-")
+    table.add_section()
+    kinds = dict.fromkeys((*first.by_op, *second.by_op))
+    for op in kinds:
+        a, b = (score.by_op.get(op, {}).get("ops", 0) for score in (first, second))
+        table.add_row(f"ops of {op}", _n(a), _n(b), f"{b / a:.3f}" if a else "-")
+    return table
+
+
+def all_rules_table(scores: Sequence[Score]) -> Table:
+    """Show what several sets of rules make of one model.
+
+    Args:
+        scores: one for each set of rules.
+    """
+    table = Table(title=scores[0].model, title_justify="left")
+    table.add_column("rules")
+    for column in ("params", "storage", "ops", "score_params", "score_ops", "score"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for score in scores:
+        parts = (f"{score.score_params:.7f}", f"{score.score_ops:.7f}", f"{score.score:.7f}")
+        table.add_row(score.rules.name, _n(score.params), _n(score.storage), _n(score.ops), *parts)
+    return table
