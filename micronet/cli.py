@@ -213,7 +213,7 @@ def lr_find(
 
 @data_app.command("fetch", cls=Command)
 def data_fetch(
-    name: Annotated[str, typer.Argument(help="digits, cifar10 or cifar100.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="SET", help="digits, cifar10 or cifar100.", show_default=False)],
     data_dir: DataFolder = None,
 ) -> None:
     """Download and decode a data set, so that it is there when needed.
@@ -228,7 +228,12 @@ def data_fetch(
 
 @data_app.command("show", cls=Command)
 def data_show(
-    name: Annotated[str, typer.Argument(help="digits, cifar10, cifar100, a folder, or a recipe.", show_default=False)],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE_OR_SET", help="A recipe, or digits, cifar10, cifar100 or a folder.", show_default=False
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The picture.")] = Path("grid.png"),
     images: Annotated[int, typer.Option("--images", "-n", min=1, max=400, help="How many.")] = 36,
     plain: Annotated[bool, typer.Option("--plain", help="Without augmentation.")] = False,

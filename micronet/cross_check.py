@@ -1,7 +1,8 @@
 """What torchstat, fvcore and torch's FlopCounterMode count, beside ours, with a reason for every difference.
 
 A reason's number comes from what our formulas say of the operations concerned, or from what the other counter itself
-books under a name. Whatever such numbers leave over, module by module, is shown as not explained.
+books under a name. What such numbers leave over in a module is put down to operations that we have no rule for, where
+it runs any, and is else shown as not explained.
 """
 
 from collections import Counter, defaultdict
@@ -12,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from callbacks.ledger import Ledger
-from micronet.cross_macs import UNUSED, Amount, Network, flop_counter, fvcore, torchstat_flops, torchstat_madd
+from micronet.cross_macs import Amount, Network, flop_counter, fvcore, torchstat_flops, torchstat_madd
 from micronet.cross_params import of_layers, of_network
 from micronet.errors import MicronetError
 from micronet.model_source import ModelSource
@@ -76,8 +77,6 @@ def cross_check(source: ModelSource, ledger: Ledger) -> list[Row]:
     params = [("", text, amount) for text, amount in of_network(model, ledger, net.live)]
     found = {"": sum(p.numel() for p in model.parameters())}
     hooked = [("", text, amount) for text, amount in of_layers(model, paths, seen.ran)]
-    # What a module's count leaves over is no riddle where we have no rule for what it runs, or its results are not used.
-    excuses = net.unruled | dict.fromkeys({*paths.modules} - net.owners, UNUSED)
     if isinstance(other, str):
         fvcore_rows = [
             Row(counter="fvcore", what=what, ours=sum(ours.values()), note=other)
@@ -87,17 +86,17 @@ def cross_check(source: ModelSource, ledger: Ledger) -> list[Row]:
         theirs = {path: sum(counts.values()) for path, counts in other.counts.items()}
         fvcore_rows = [
             _row("fvcore", "parameters", stored, {"": other.params}, params),
-            _row("fvcore", "MACs", macs, theirs, fvcore(net, other), excuses, other.total),
+            _row("fvcore", "MACs", macs, theirs, fvcore(net, other), net.unruled, other.total),
         ]
     half, flops, madd = "FlopCounterMode / 2", seen.flops, seen.madd
     return [
         _row("torchstat", "parameters", stored, {"": seen.params}, params + hooked),
         fvcore_rows[0],
         _row("torch", "parameters", stored, found, params),
-        _row("torchstat", "MACs", macs, flops.counts, torchstat_flops(net, flops), excuses),
+        _row("torchstat", "MACs", macs, flops.counts, torchstat_flops(net, flops), net.unruled),
         fvcore_rows[1],
-        _row(half, "MACs", macs, seen.macs, flop_counter(net), excuses, seen.macs_total),
-        _row("torchstat", "mults + adds", net.operations(), madd.counts, torchstat_madd(net, madd), excuses),
+        _row(half, "MACs", macs, seen.macs, flop_counter(net), net.unruled, seen.macs_total),
+        _row("torchstat", "mults + adds", net.operations(), madd.counts, torchstat_madd(net, madd), net.unruled),
     ]
 
 
@@ -107,19 +106,20 @@ def _row(
     ours: Mapping[str, int],
     theirs: Mapping[str, int],
     amounts: Iterable[Amount],
-    excuses: Mapping[str, str] | None = None,
+    unruled: Mapping[str, str] | None = None,
     total: int | None = None,
 ) -> Row:
     """Compare module by module, so that no error hides another."""
-    excuses = excuses or {}
+    unruled = unruled or {}
     left = Counter(theirs)
     left.subtract(ours)
     reasons: list[tuple[str, int]] = []
     for path, text, amount in amounts:
         left[path] -= amount
         reasons.append((text, amount))
-    reasons += [(excuses[path], amount) for path, amount in left.items() if path in excuses]
-    unexplained = {path: amount for path, amount in left.items() if amount and path not in excuses}
+    # Where we have no rule for what a module runs, that is what its count leaves over.
+    reasons += [(unruled[path], amount) for path, amount in left.items() if path in unruled]
+    unexplained = {path: amount for path, amount in left.items() if amount and path not in unruled}
     whole = sum(theirs.values())
     if total not in (None, whole):
         unexplained["outside all modules"] = total - whole
@@ -153,6 +153,8 @@ def cross_check_table(source: ModelSource, ledger: Ledger) -> Table:
         MicronetError: It is an ONNX file, or can't be run.
     """
     table = Table(title=f"{source.name} - other counters, for one image", title_justify="left")
+    table.caption = "parameters: ours are the numbers that the deployed form stores"
+    table.caption_justify = "left"
     for column in ("counter", "counts"):
         table.add_column(column, no_wrap=True)
     for column in ("theirs", "ours", "difference"):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from callbacks.graph import Node
+from callbacks.graph import Graph, Node
 from callbacks.ledger import WEIGHTED, Ledger, Line, fold_constants
 from callbacks.op_formulas import FORMULAS, Cost
 from callbacks.seed import torchstat_cost
@@ -20,7 +20,7 @@ from micronet.other_counters import Fvcore, Paths, Told
 Amount = tuple[str, str, int]
 
 CONSTANT = "layers fed by constants alone: computed once here, and stored"
-UNUSED = "computed, though nothing uses it"
+UNUSED = "results that nothing uses: not in its trace"
 NO_FORMULA = "bilinear layers and products with a vector: no formula there"
 BROADCAST = "matrix products whose first factor is used many times: counted once"
 EINSUM = "einsum: numpy's estimate, printed with four digits"
@@ -72,7 +72,7 @@ class Network:
         self.live = fold_constants(graph)
         live = {id(node) for node in self.live}
         self.constant = {id(node) for node in self.nodes} - live
-        self.owners = {self.owner(node) for node in self.nodes}
+        self.used = _used(graph)
         # Of operations on constants, only products matter here; without a rule are these two.
         unruled = [
             n for n in self.nodes if n.op not in FORMULAS and (id(n) in live or n.op in ("addmm", "einsum_of_many"))
@@ -96,6 +96,17 @@ class Network:
         for node in self.nodes:
             if macs := _cost(node).macs:
                 yield self.owner(node), node, macs
+
+
+def _used(graph: Graph) -> set[int]:
+    """What the outputs depend on: each operation that writes memory which one of these reads, or the caller."""
+    read = {id(value.memory()) for value in graph.outputs}
+    used = set()
+    for node in reversed(graph.nodes):
+        if any(id(value.memory()) in read for value in node.outputs):
+            used.add(id(node))
+            read |= {id(value.memory()) for value in node.inputs if value is not None}
+    return used
 
 
 def _sum(counts: Iterable[tuple[str, int]]) -> Counter[str]:
@@ -137,7 +148,9 @@ def fvcore(net: Network, other: Fvcore) -> Iterator[Amount]:
     einsums: Counter[str] = Counter()
     for path, node, macs in net.products():
         missed = _FVCORE_MISSES.get(node.op)
-        if missed and other.unknown[path][f"aten::{missed}"] > 0:
+        if id(node) not in net.used:
+            yield path, UNUSED, -macs
+        elif missed and other.unknown[path][f"aten::{missed}"] > 0:
             yield path, f"{missed}: no formula there", -macs
         elif node.op == "einsum" or node.attrs.get("channel_axis", 0) is None:
             einsums[path] += macs

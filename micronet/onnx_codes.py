@@ -92,7 +92,8 @@ class Codes:
         codes = Value(shape=value.shape, bits=self.shapes.bits(out), fixed=value.fixed, names=value.names)
         self.values[out] = codes
         if value.fixed:  # weights that the file keeps as real numbers
-            codes.nonzero = lambda: self._rounded(name, scheme)
+            if name in self.file.tensors:
+                codes.nonzero = self.file.counter(name, lambda: self._rounded(name, scheme))
             return
         attrs = {"zero_point": self._shifts(scheme), "extra": self.stored(scheme)}
         title = self.names(node, "quantize")
@@ -104,7 +105,7 @@ class Codes:
         codes = self.values[out] = self.values[name]
         self.schemes[out], self.sources[out] = scheme, node
         if codes.fixed and name in self.file.tensors and self._shifts(scheme):
-            codes.nonzero = lambda: self._shifted(name, scheme)
+            codes.nonzero = self.file.counter(name, lambda: self._shifted(name, scheme))
 
     def real(self, name: str) -> Value:
         """A tensor's value for who computes on real numbers; constants are made real beforehand."""
@@ -194,10 +195,10 @@ class Codes:
         fits = len({x.size, weight.size, own.size} - {1}) <= 1
         return fits and np.allclose(own, x * weight, rtol=1e-5, atol=0)
 
-    def _shifted(self, name: str, scheme: Scheme) -> int:
-        codes, zero = self.file.array(name), self._array(scheme.zero)
-        return int(np.count_nonzero(codes != _spread(zero, scheme, codes)))
+    def _shifted(self, name: str, scheme: Scheme) -> np.ndarray:
+        codes = self.file.array(name)
+        return codes != _spread(self._array(scheme.zero), scheme, codes)
 
-    def _rounded(self, name: str, scheme: Scheme) -> int:
-        numbers, scale = self.file.array(name), self._array(scheme.scale)
-        return int(np.count_nonzero(np.rint(numbers / _spread(scale, scheme, numbers))))
+    def _rounded(self, name: str, scheme: Scheme) -> np.ndarray:
+        numbers = self.file.array(name)
+        return np.rint(numbers / _spread(self._array(scheme.scale), scheme, numbers))

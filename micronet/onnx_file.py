@@ -6,6 +6,7 @@ keeps in a second one is read only from its own folder.
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,7 +52,7 @@ class OnnxFile:
 
     def error(self, message: str) -> MicronetError:
         """The error that this file is at fault for."""
-        return MicronetError(f"{self.path}: {message}")
+        return MicronetError(f"{self.path}: {' '.join(message.split())}")  # names may hold anything
 
     def enter(self, tensor: TensorProto, name: str) -> None:
         """Enter an array under a name; one in a second file is seen to be there."""
@@ -73,12 +74,7 @@ class OnnxFile:
 
     def array(self, name: str) -> np.ndarray:
         """Read an array."""
-        try:
-            return self._read(self.tensors[name], name)
-        except MALFORMED as error:
-            raise self.error(f"{name!r} cannot be read: {first_line(error)}; copy or export the file again") from error
-
-    def _read(self, tensor: TensorProto, name: str) -> np.ndarray:
+        tensor = self.tensors[name]
         if tensor.data_location != TensorProto.EXTERNAL:
             return numpy_helper.to_array(tensor)
         place, start = self._place(tensor, name)
@@ -92,10 +88,21 @@ class OnnxFile:
         bits = 8 if tensor.data_type == TensorProto.BOOL else width(tensor.data_type)
         return -(-math.prod(tensor.dims) * bits // 8)
 
-    def nonzero(self, name: str) -> int:
-        """Count the elements of an array that are not zero."""
-        values = numpy_helper.to_array(self.sparse[name].values) if name in self.sparse else self.array(name)
-        return int(np.count_nonzero(values))
+    def counter(self, name: str, read: Callable[[], np.ndarray]) -> Callable[[], int]:
+        """A function that counts what is not zero in what is made of an array, when it is called."""
+
+        def count() -> int:
+            try:
+                return int(np.count_nonzero(read()))
+            except MALFORMED as error:
+                told = f"{name!r} cannot be read: {first_line(error)}; copy or export the file again"
+                raise self.error(told) from error
+
+        return count
+
+    def listed(self, name: str) -> np.ndarray:
+        """Read an array; of a sparse one, the elements that it lists."""
+        return numpy_helper.to_array(self.sparse[name].values) if name in self.sparse else self.array(name)
 
     def _place(self, tensor: TensorProto, name: str) -> tuple[Path, int]:
         """Where an array lies in a second file: the file, and its first byte there."""

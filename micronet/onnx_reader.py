@@ -79,7 +79,7 @@ class Reader:
                 fixed=True,
                 literal=not shape or (math.prod(shape) == 1 and bool(_OWN.fullmatch(name))),
                 names=(name,),
-                nonzero=lambda: self.file.nonzero(name),
+                nonzero=self.file.counter(name, lambda: self.file.listed(name)),
             )
         return self.values[name]
 
@@ -190,18 +190,22 @@ class Reader:
         for name in filter(None, (x, weight, scale, zero, bias)):
             self.value(name, node.op_type)
 
-        def nonzero() -> int:
+        def unequal() -> np.ndarray:
             codes, zeros = unpack(self.file.array(weight), bits)[:, :inputs], np.array([[1 << (bits - 1)]])
             if zero:
                 zeros = unpack(self.file.array(zero).reshape(outputs, -1), bits)
                 zeros = np.repeat(zeros, block, axis=1)[:, :inputs]
-            return int(np.count_nonzero(codes != zeros))
+            return codes != zeros
 
         name, write = f"{weight}/codes", Writer(node)
         known = not zero or self.shapes.kind(zero) == TensorProto.UINT8
         self.shapes.types[name] = helper.make_tensor_type_proto(TensorProto.UINT8, (inputs, outputs))
         self.values[name] = Value(
-            shape=(inputs, outputs), bits=bits, fixed=True, names=(weight,), nonzero=nonzero if known else None
+            shape=(inputs, outputs),
+            bits=bits,
+            fixed=True,
+            names=(weight,),
+            nonzero=self.file.counter(weight, unequal) if known else None,
         )
         self.codes.pass_on(name, Scheme(scale, zero), node)
         product = write("MatMul", x, name, out=None if bias else node.output[0])

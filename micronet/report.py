@@ -80,9 +80,7 @@ def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4
     return figure, axes if rows * columns > 1 else axes[0, 0]
 
 
-def plot_curves(
-    rows: Sequence[Mapping[str, Any]], path: str | Path, title: str, training: str = "training"
-) -> None:
+def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str, training: str = "training") -> None:
     """Draw losses and accuracies over the epochs of a fit.
 
     Args:

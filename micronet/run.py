@@ -211,11 +211,11 @@ class _Run:
     def _announce(self, fit: Fit, model: nn.Module) -> None:
         params = sum(p.numel() for p in model.parameters())
         bf16, channels_last = precision(fit, self.device)
-        epochs = "1 epoch" if fit.epochs == 1 else f"{fit.epochs} epochs"
+        threads = torch.get_num_threads()
         how = ("bf16" if bf16 else "float32") + (", channels_last" if channels_last else "")
         self.console.print(
-            f"stage {fit.name}: {self.factory.partition(':')[2]}, {params:,} parameters; {epochs} on "
-            f"{self.device} in {how}, {torch.get_num_threads()} threads",
+            f"stage {fit.name}: {self.factory.partition(':')[2]}, {params:,} parameters; "
+            f"{_count(fit.epochs, 'epoch')} on {self.device} in {how}, {_count(threads, 'thread')}",
             highlight=False,
         )
 
@@ -262,6 +262,10 @@ class _Run:
 
     def _evaluate(self, model: nn.Module, images: ImageSet, data: Data) -> dict[str, Any]:
         return evaluate(model, plain_loader(images, data, device=self.device), self.device).row()
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _training(fit: Fit, data: Data) -> str:

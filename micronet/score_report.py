@@ -88,10 +88,8 @@ def _assumed(score: Score) -> str:
     return ", ".join(f"{name}={value}" for name, value in vars(score.assume).items() if value is not None)
 
 
-_CSV = (
-    "name op module in_shape out_shape taps weights nonzero constants mults adds ops macs weight_bits act_bits".split()
-)
-_CSV += ["acc_bits", "folded", "live_bytes"]
+_CSV = ["name", "op", "module", "in_shape", "out_shape", "taps", "weights", "nonzero", "constants", "mults", "adds"]
+_CSV += ["ops", "macs", "weight_bits", "act_bits", "acc_bits", "folded", "live_bytes"]
 
 
 def to_csv(score: Score) -> str:

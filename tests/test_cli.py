@@ -2,12 +2,14 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 from micronet import cli
 
@@ -49,11 +51,29 @@ def trained(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_commands_help_has_an_example(command, call):
+@pytest.mark.parametrize("command", ["", "data", *COMMANDS])
+def test_every_commands_help_has_an_example_and_no_type_beside_a_flag(command, call):
     status, out, _ = call(*command.split(), "--help")
     assert status == 0
-    assert f"micronet {command} " in " ".join(out.split())
+    assert f"Example: {f'micronet {command}'.strip()} " in " ".join(out.split())
+    assert "<bool>" not in out
+
+
+@pytest.mark.parametrize("command", ["fit", "evaluate", "lr-find", "data fetch", "data show"])
+def test_the_readmes_synopsis_names_every_option(command):
+    found = typer.main.get_command(cli.app)
+    for word in command.split():
+        found = found.commands[word]
+    synopsis = (ROOT / "README.md").read_text().split(f"\n    micronet {command} ")[1].split("\n    micronet ")[0]
+    for option in found.params:
+        if option.param_type_name == "option":
+            assert any(f"{name} " in synopsis or f"{name}]" in synopsis for name in option.opts), option.opts
+
+
+def test_version_is_the_packages(call):
+    from micronet import __version__
+
+    assert call("--version") == (0, f"micronet {__version__}\n", "")
 
 
 def test_help_imports_neither_torch_nor_fastai():
@@ -96,9 +116,11 @@ def test_evaluate_prints_counts_and_draws(trained, call, tmp_path):
 
 
 def test_lr_find_suggests_and_draws(call, tmp_path):
-    status, out, _ = call("lr-find", QUICKSTART, "-o", tmp_path / "lr.png", "--steps", "40")
+    status, out, _ = call("lr-find", QUICKSTART, "-o", tmp_path / "lr.png", "--steps", "60")
     assert status == 0
-    assert "suggested learning rate: " in out
+    found = re.search(r"suggested learning rate: (\S+), where the smoothed loss was least", out)
+    # Measured, 20 epochs, seed 0: 0.003 ends at 98 % on validation, 0.01 to 0.3 at 99 to 100 %, 1.0 diverges.
+    assert 0.01 <= float(found[1]) <= 0.3
     assert (tmp_path / "lr.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -107,6 +129,22 @@ def test_data_show_draws_a_recipes_images(call, tmp_path):
         status, _, _ = call("data", "show", *arguments, "-o", tmp_path / "grid")  # whatever the name, a PNG
         assert status == 0
         assert (tmp_path / "grid").read_bytes().startswith(b"\x89PNG")
+
+
+def test_data_show_augments_what_suits_the_images(call, tmp_path, monkeypatch):
+    """Digits are no digits when mirrored; photographs, for which digits stand in here, are."""
+    import micronet.data
+
+    monkeypatch.setattr(micronet.data, "by_name", lambda name: micronet.data.digits())
+    pictures = {}
+    for name in ("digits", "cifar100", QUICKSTART):
+        for plain in ([], ["--plain"]):
+            _, out, _ = call("data", "show", name, "-n", "4", "-o", tmp_path / "grid.png", *plain)
+            pictures[name, *plain] = (tmp_path / "grid.png").read_bytes()
+            assert ("not augmented" in out) == bool(plain or name == "digits")
+    assert pictures["digits",] == pictures["digits", "--plain"] == pictures["cifar100", "--plain"]
+    assert pictures["cifar100",] != pictures["cifar100", "--plain"]
+    assert pictures[QUICKSTART,] not in (pictures["cifar100",], pictures["digits",])
 
 
 def test_fetch_names_where_a_set_is(call):
@@ -217,16 +255,20 @@ def test_a_users_own_class_is_scored_with_a_factory(call, tmp_path):
     assert json.loads(out)["totals"]["mults"] == 2 * 3072
 
 
-def test_ctrl_c_says_how_to_go_on(call, monkeypatch, tmp_path):
+@pytest.mark.parametrize("saved", [False, True])
+def test_ctrl_c_says_how_to_go_on(saved, call, monkeypatch, tmp_path):
     module = importlib.import_module("micronet.run")
 
-    def interrupted(*args, **kwargs):
+    def interrupted(*args, checkpoint, **kwargs):
+        if saved:
+            checkpoint.write_bytes(b"an epoch")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "run_fit", interrupted)
     status, _, err = call("fit", QUICKSTART, "-o", tmp_path / "run")
     assert status == 130
-    assert "the same command goes on from the last epoch" in err
+    assert ("the same command goes on from the last finished epoch" in err) == saved
+    assert ("nothing is saved yet: the same command starts again" in err) == (not saved)
 
 
 def test_the_package_gives_functions_for_names_that_are_modules_too():

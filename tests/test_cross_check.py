@@ -18,7 +18,7 @@ from torch.nn.utils import prune
 from micronet.cross_check import cross_check, cross_check_table
 from micronet.errors import MicronetError
 from micronet.model_source import ModelSource, open_model
-from micronet.models import resnet18, resnet20, separable_net, wide_resnet
+from micronet.models import resnet20, separable_net, wide_resnet
 
 HALF = "FlopCounterMode / 2"
 
@@ -71,9 +71,8 @@ def test_three_counters_find_the_same_macs_in_the_projects_networks(build):
     assert why(rows, HALF) == {}
     assert rows[HALF, "MACs"].theirs == rows["fvcore", "MACs"].ours > 0
     assert {*why(rows, "fvcore")} <= {"also counts batch_norm", "also counts adaptive_avg_pool2d"}
-    assert {*why(rows, "torchstat")} <= {
-        f"also counts {kind}" for kind in ("BatchNorm2d", "ReLU", "ReLU6", "MaxPool2d")
-    }
+    kinds = ("BatchNorm2d", "ReLU", "ReLU6", "MaxPool2d")
+    assert {*why(rows, "torchstat")} <= {"biases of convolutions", *(f"also counts {kind}" for kind in kinds)}
     for counter in ("torchstat", "fvcore", "torch"):
         why(rows, counter, "parameters")
     assert "linear layers" in why(rows, "torchstat", "mults + adds")
@@ -83,7 +82,6 @@ def test_three_counters_find_the_same_macs_in_the_projects_networks(build):
     ("name", "build"),
     [
         ("resnet20_c10", lambda: resnet20(num_classes=10)),
-        pytest.param("resnet18_kuangliu_c10", lambda: resnet18(num_classes=10), marks=pytest.mark.slow),
         pytest.param(
             "wrn22_6_fastai_c100", lambda: wide_resnet(depth=22, width=6, num_classes=100), marks=pytest.mark.slow
         ),
@@ -168,6 +166,28 @@ def test_a_shared_tensor_counts_once_here():
     assert why(rows, "torch", "parameters") == {}
 
 
+def test_what_else_makes_stored_numbers_other_than_parameters():
+    def run(net, x):
+        x = net.norm(x)  # no layer is before it
+        x = net.a(net.conv(x)) - net.b(net.conv(x)) * net.scale
+        return x + net.table + net.plain
+
+    parts = {"norm": nn.BatchNorm2d(3, affine=False), "a": nn.BatchNorm2d(2), "b": nn.BatchNorm2d(2)}
+    net = Net(run, conv=nn.Conv2d(3, 2, 1, bias=False), scale=weight(2, 1, 1), plain=torch.randn(8), **parts)
+    net.register_buffer("table", torch.randn(8, 8))
+    rows = checked(net)
+    assert rows["torch", "parameters"].ours == 2 * 3 + 2 * (6 + 2) + 64 + 8
+    assert why(rows, "torch", "parameters") == {
+        "BatchNorm that stays": -6,
+        "BatchNorm's parameters, which fold into the layers before": 8,
+        "biases that folding gives to layers without one": -4,
+        "buffers": -64,
+        "constant factors and summands, which fold into layers": 2,
+        "constants in the code": -8,
+        "stored twice, since different things fold into the uses of one tensor": -6,
+    }
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_attention(fused):
     def run(net, x):
@@ -184,13 +204,22 @@ def test_attention(fused):
     assert why(rows, "torchstat") == {"Linear": -36 * 64} | inside  # its formula wants one vector
 
 
+def test_a_network_that_reads_values_runs_on_real_tensors():
+    def run(net, x):
+        x = x.flatten(1, 2)[None] * net.signs.tolist()[1]
+        return F.scaled_dot_product_attention(x, x, x)
+
+    rows = checked(Net(run, signs=torch.ones(2)))  # a meta tensor has no list
+    assert rows[HALF, "MACs"].theirs == rows[HALF, "MACs"].ours == 2 * 24 * 24 * 8
+
+
 def test_transformer_layers_of_torch_run_as_written():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     rows = checked(layer, (5, 8))
     products = 2 * 5 * 5 * 8
     assert rows[HALF, "MACs"].theirs == 5 * (3 * 64 + 64 + 2 * 128) + products
     assert why(rows, HALF) == {}
-    assert sum(amount for text, amount in why(rows, "fvcore").items() if "also" not in text) in (0, -products)
+    assert why(rows, "fvcore") == {"scaled_dot_product_attention": -products, "also counts layer_norm": 2 * 5 * 40}
 
 
 def test_what_constants_alone_feed():
@@ -212,23 +241,21 @@ def test_layers_that_torchstat_does_not_know():
     def run(net, x):
         return net.signal(net.up(x).flatten(2))
 
-    rows = checked(Net(run, up=nn.ConvTranspose2d(3, 2, 3, stride=2), signal=nn.Conv1d(2, 4, 5)))
-    up, signal = 64 * 54, (17 * 17 - 4) * 40
-    unknown = {"Conv1d": -signal}
-    assert why(rows, "torchstat") == unknown | {"ConvTranspose2d": -up}
+    rows = checked(Net(run, up=nn.ConvTranspose2d(3, 2, 3, stride=2, bias=False), signal=nn.Conv1d(2, 4, 5)))
+    up, signal = 54 * 64, 10 * 4 * (17 * 17 - 4)
+    assert why(rows, "torchstat") == {"ConvTranspose2d": -up, "Conv1d": -signal}
     assert why(rows, HALF) == why(rows, "fvcore") == {}
-    # 27 products for each of 64 positions and 2 channels; 26 sums and a bias, where 17 * 17 * 2 outputs come of it
-    sums = (26 + 1) * 128 - (up - 578 + 578)
-    assert why(rows, "torchstat", "mults + adds").get("transposed convolutions", 0) == sums
-    assert why(rows, "torchstat", "mults + adds")["Conv1d"] == -2 * signal
+    # It sums 27 products for each of 64 positions and 2 channels; they make 17 * 17 * 2 outputs.
+    sums = 26 * 64 * 2 - (up - 17 * 17 * 2)
+    assert why(rows, "torchstat", "mults + adds") == {"Conv1d": -2 * signal, "transposed convolutions": sums}
 
 
 def test_matrix_products_that_others_count_otherwise():
     rows = checked(Net(lambda net, x: net.w @ x, w=weight(5, 8)))
     assert why(rows, "fvcore") == {"matrix products whose first factor is used many times": -2 * 5 * 8 * 8}
     assert why(rows, HALF) == {}
-    rows = checked(Net(lambda net, x: torch.einsum("bchw,wd->bchd", x, net.w), w=weight(8, 75)))
-    assert why(rows, "fvcore")["einsum"] == 14000 + 400 - 24 * 8 * 75 or why(rows, "fvcore") == {}
+    rows = checked(Net(lambda net, x: torch.einsum("bchw,wd->bchd", x, net.w), w=weight(8, 77)))
+    assert why(rows, "fvcore") == {"einsum": 2.957e4 / 2 - 24 * 8 * 77}
     rows = checked(Net(lambda net, x: x @ net.w, w=weight(8)))
     assert why(rows, HALF) == {"bilinear layers and products with a vector": -192}
     assert (rows["fvcore", "MACs"].theirs, rows["fvcore", "MACs"].note[:5]) == (None, "fails")
@@ -252,10 +279,11 @@ def test_what_nothing_uses():
         return net.conv(x)
 
     rows = checked(Net(run, conv=nn.Conv2d(3, 2, 1), aside=nn.Conv2d(3, 4, 1), head=nn.Conv2d(3, 9, 1)))
-    assert why(rows, HALF) == {"computed, though nothing uses it": 12 * 64}
-    assert why(rows, "torch", "parameters") == {"parameters that nothing reads": 16 + 36}
+    assert why(rows, HALF) == {}
+    assert why(rows, "fvcore") == {"results that nothing uses": -12 * 64}
+    assert why(rows, "torch", "parameters") == {"parameters that nothing reads": 36}
     not_called = {"parameters of blocks, or of layers that are not called": -36}
-    assert why(rows, "torchstat", "parameters") == {"parameters that nothing reads": 16 + 36} | not_called
+    assert why(rows, "torchstat", "parameters") == {"parameters that nothing reads": 36} | not_called
 
 
 def test_a_batch_made_of_one_image():
@@ -268,16 +296,21 @@ def test_a_batch_made_of_one_image():
     assert why(rows, "torchstat", "mults + adds") == {batch: -2 * 127 * 5, "linear layers": -15}
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "edgenext_xx_small", "swin_tiny_patch4_window7_224"])
-def test_every_difference_in_a_network_of_timm_is_explained(name):
-    small = {"vit": {"img_size": 32, "depth": 1}, "edg": {"dims": (8, 16, 16, 16), "depths": (1, 2, 2, 2)}}
-    small["swi"] = {"img_size": 64, "embed_dim": 12, "depths": (2, 2), "num_heads": (2, 2), "window_size": 4}
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": 32, "depth": 1}),
+        ("edgenext_xx_small", {"dims": (8, 16, 16, 16), "depths": (1, 2, 2, 2)}),
+    ],
+)
+def test_every_difference_in_a_network_of_timm_is_explained(name, options):
     timm = pytest.importorskip("timm")
     with torch.device("meta"):
-        net = timm.create_model(name, pretrained=False, num_classes=3, **small[name[:3]])
-    rows = checked(net, (3, 64, 64) if name[0] == "s" else (3, 32, 32))
+        net = timm.create_model(name, pretrained=False, num_classes=3, **options)
+    rows = checked(net, (3, 32, 32))
     for counter, what in rows:
         why(rows, counter, what)
+    assert ("layers fed by constants alone" in why(rows, HALF)) == (name == "edgenext_xx_small")
 
 
 # ---- what is not explained, missing or refused
@@ -380,7 +413,11 @@ def test_several_images_and_lists_of_outputs():
 
 
 def test_a_network_that_cannot_run_is_named():
-    source = open_model(nn.Conv2d(3, 4, 3), input_size=(3, 8, 8))
-    broken = dataclasses.replace(source, module=nn.Conv2d(3, 4, 9))
-    with pytest.raises(MicronetError, match="Conv2d: can't be"):
-        cross_check(broken, source.ledger())
+    def run(net, x):
+        if not torch.compiler.is_exporting():
+            raise RuntimeError("not today")
+        return net.conv(x)
+
+    source = open_model(Net(run, conv=nn.Conv2d(3, 4, 3)))
+    with pytest.raises(MicronetError, match=r"Net: can't be run for the cross-check: not today"):
+        cross_check(source, source.ledger())

@@ -86,6 +86,19 @@ def test_confusion_plot_is_written(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["c.png"]
 
 
+def test_the_colour_bar_lies_below_its_matrix(tmp_path, monkeypatch):
+    """Beside it, its label would stand where the bar chart's axis has its own."""
+    from micronet import report
+
+    figures = []
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: figures.append(figure))
+    data = written([0, 1, 2], [0, 1, 1])
+    plot_confusion(evaluate(Reads(10), plain_loader(data.test, data)), data.classes, tmp_path / "c.png", "written")
+    figures[0].canvas.draw()
+    matrix, _, bar = (ax.get_position() for ax in figures[0].axes)
+    assert bar.y1 < matrix.y0
+
+
 def test_rows_of_different_columns_make_one_table(tmp_path):
     write_csv([flat({"a": 1, "v": {"x": 2}}), {"b": 3}], tmp_path / "t.csv")
     assert (tmp_path / "t.csv").read_text() == "a,v_x,b\n1,2,\n,,3\n"

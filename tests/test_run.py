@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -43,6 +44,17 @@ class Unbuildable(torch.nn.Module):
 
     def __init__(self, num_classes: int) -> None:
         raise RuntimeError("no such thing")
+
+
+class Constant(torch.nn.Module):
+    """Answers the same whatever it is shown and taught."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.scale, self.classes = torch.nn.Parameter(torch.ones(1)), num_classes
+
+    def forward(self, x):
+        return 0 * self.scale.expand(len(x), self.classes)
 
 
 class StopAt(Callback):
@@ -87,7 +99,9 @@ def test_an_interrupted_fit_goes_on_to_the_same_bits(way, tmp_path, monkeypatch)
     monkeypatch.setattr(module, "run_fit", plain)
     assert (tmp_path / "parts" / "1-train" / "checkpoint.pth").exists()
     torch.rand(7)  # what another process would have drawn
-    run(recipe(Fit("train", **arguments)), tmp_path / "parts", options)
+    console = Console(record=True, file=io.StringIO(), width=200)
+    run(recipe(Fit("train", **arguments)), tmp_path / "parts", options, console=console)
+    assert "going on from epoch 2 of 4 of stage train\n" in console.export_text()
     assert torch.equal(weights(tmp_path / "whole" / "model.pth"), weights(tmp_path / "parts" / "model.pth"))
     rows = [read_rows(tmp_path / name)[0] for name in ("whole", "parts")]
     for row in rows:
@@ -222,12 +236,15 @@ def test_a_row_is_measured_on_the_file_it_stands_beside(tmp_path):
 @pytest.mark.parametrize(
     ("other", "says"),
     [
-        (lambda: (recipe(Fit("train", epochs=1, lr=0.06)), RunOptions(limit=32)), r"lr was 0.05, is 0.06"),
-        (lambda: (recipe(Fit("train", epochs=1, lr=0.05)), RunOptions(limit=32, seed=1)), r"seed was 0, is 1"),
-        (lambda: (recipe(Fit("train", epochs=1, lr=0.05)), RunOptions(limit=33)), r"limit was 32, is 33"),
+        (
+            lambda: (recipe(Fit("train", epochs=1, lr=0.06)), RunOptions(limit=32)),
+            r"\(stages\[0\] \(train\): lr was 0.05, is now 0.06\)",
+        ),
+        (lambda: (recipe(Fit("train", epochs=1, lr=0.05)), RunOptions(limit=32, seed=1)), r"\(seed was 0, is now 1\)"),
+        (lambda: (recipe(Fit("train", epochs=1, lr=0.05)), RunOptions(limit=33)), r"\(limit was 32, is now 33\)"),
         (
             lambda: (recipe(Fit("train", epochs=1, lr=0.05), model=networks.resnet20), RunOptions(limit=32)),
-            r"recipe_model",
+            r"\(model was separable_net, is now resnet20\)",
         ),
     ],
 )
@@ -237,6 +254,91 @@ def test_another_recipes_folder_is_refused_and_left_alone(other, says, tmp_path)
     with pytest.raises(MicronetError, match=says):
         run(*(lambda pair: (pair[0], tmp_path / "run", pair[1]))(other()))
     assert (tmp_path / "run" / "model.pth").read_bytes() == before
+
+
+def test_what_differs_reads_as_the_recipe_is_written():
+    from micronet.differences import differences
+    from micronet.recipe import describe
+
+    def resolved(*stages, model=SMALL, batch_size=32, **more):
+        values = Recipe(data=partial(digits, batch_size=batch_size), model=model, stages=stages)
+        return json.loads(json.dumps({"recipe": describe(values), "seed": 0, "limit": None} | more))
+
+    first, second = Fit("train", epochs=24), Fit("tune", epochs=2, cbs=(partial(MixUp, 0.4),))
+    assert differences(resolved(first), resolved(first)) == []
+    for old, new, says in (
+        (
+            (first, second),
+            (first, Fit("tune", epochs=2, cbs=(partial(MixUp, 0.2),))),
+            "cbs[0].args[0] was 0.4, is now 0.2",
+        ),
+        ((first, second), (first, Fit("tune", epochs=2)), "cbs was [MixUp], is now []"),
+        ((first, second), (first, Fit("fine", 2, cbs=second.cbs)), "name was 'tune', is now 'fine'"),
+    ):
+        assert differences(resolved(*old), resolved(*new)) == [f"stages[1] (tune): {says}"]
+    assert differences(resolved(first), resolved(first, second)) == ["stages was [train], is now [train, tune]"]
+    steps = Fit("train", epochs=30, ema=0.9, schedule=MultiStep())
+    assert differences(resolved(first), resolved(steps, batch_size=64, limit=9)) == [
+        "data.batch_size was 32, is now 64",
+        "stages[0] (train): epochs was 24, is now 30",
+        "stages[0] (train): schedule was OneCycle, is now MultiStep",
+        "stages[0] (train): ema was None, is now 0.9",
+        "limit was None, is now 9",
+    ]
+    wide = partial(networks.separable_net, width_multiplier=0.5)
+    assert differences(resolved(first), resolved(first, model=wide)) == ["model.width_multiplier was 0.25, is now 0.5"]
+    plain = resolved(first, model=networks.separable_net)
+    assert differences(plain, resolved(first)) == ["model.width_multiplier was None, is now 0.25"]
+
+
+def test_only_the_first_differences_are_named(tmp_path):
+    run(recipe(Fit("train", epochs=0)), tmp_path / "run", RunOptions(limit=32))
+    other = Fit("train", epochs=0, lr=1.0, wd=0.1, ema=0.9, keep="last")
+    with pytest.raises(
+        MicronetError, match=r"lr was 0.1, is .*wd was .*ema was None, is now 0.9; and 2 more\): choose"
+    ):
+        run(recipe(other), tmp_path / "run", RunOptions(limit=32, seed=1))
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_what_is_printed_of_a_fit(keep, tmp_path):
+    console = Console(record=True, file=io.StringIO(), width=200)
+    # Nothing improves at so small a learning rate, so that an early epoch is the best one.
+    run(recipe(Fit("train", epochs=6, lr=1e-12, keep=keep)), tmp_path, RunOptions(limit=64), console=console)
+    text = console.export_text()
+    best = read_rows(tmp_path)[0]["best_epoch"]
+    assert best is None if keep == "last" else best < 6
+    assert (f"kept epoch {best} of 6: best top-1 on validation\n" in text) == (keep == "best")
+    lines = (tmp_path / "1-train" / "history.csv").read_text().splitlines()
+    assert lines[0] == "epoch,train_loss,valid_loss,top1,top5,lr,seconds"
+    accuracy = float(lines[-1].split(",")[3])
+    assert 0 <= accuracy <= 1
+    assert re.search(rf"\n +6 .* {100 * accuracy:.2f} %", text)
+    assert re.search(r"\n +epoch .* top-1 +top-5 ", text)
+
+
+@pytest.mark.parametrize(
+    ("smoothing", "augment", "says"),
+    [(0.1, Augment(crop=2), "training, as augmented and smoothed"), (0.0, Augment(crop=2), "training, as augmented")]
+    + [(0.0, None, "training")],
+)
+def test_the_curves_say_what_the_training_loss_is_of(smoothing, augment, says, tmp_path, monkeypatch):
+    module = importlib.import_module("micronet.run")
+    drawn = []
+    monkeypatch.setattr(module, "plot_curves", lambda *arguments: drawn.append(arguments[-1]))
+    console = Console(record=True, file=io.StringIO(), width=200)
+    stage = Fit("train", epochs=1, lr=0.01, label_smoothing=smoothing)
+    one = Recipe(data=partial(digits, batch_size=32, augment=augment), model=SMALL, stages=(stage,))
+    run(one, tmp_path, RunOptions(limit=32), console=console)
+    assert drawn == [says]
+    assert " parameters; 1 epoch on " in console.export_text()
+
+
+def test_a_loss_that_does_not_fall_suggests_no_rate():
+    from micronet.learner import find_lr
+
+    with pytest.raises(MicronetError, match="the loss did not fall in 20 steps"):
+        find_lr(recipe(Fit("train", epochs=1), model=Constant), steps=20, limit=64)
 
 
 def test_equal_values_from_another_text_go_on(tmp_path):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from micronet.data import sources
+from micronet.data import sources, usual_augment
 from micronet.data.sources import cifar10, cifar100, digits, fetch, image_folder
 from micronet.errors import MicronetError
 
@@ -92,6 +92,12 @@ def test_validating_on_test_is_marked():
 def test_arguments_are_checked_before_anything_is_read(source, options, message):
     with pytest.raises(ValueError, match=message):
         source(**options)
+
+
+def test_only_photographs_are_mirrored(tmp_path):
+    assert usual_augment("cifar10").flip == usual_augment("cifar100").flip == 0.5
+    assert usual_augment("digits") is None
+    assert usual_augment(str(tmp_path)) is None
 
 
 def test_fetch_names_the_sets():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -170,3 +171,11 @@ def test_a_bar_appears_on_stderr_only_for_slow_work(capsys, monkeypatch):
     out, error = capsys.readouterr()
     assert out == ""
     assert "slow work" in error
+
+
+def test_a_log_holds_nothing_of_a_bar(capsys, monkeypatch):
+    clock = iter(range(0, 100, 10))
+    monkeypatch.setattr(store, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with store.progress("slow work", 2) as advance:
+        advance(1)
+    assert capsys.readouterr() == ("", "")
