@@ -192,6 +192,17 @@ def _expand(call: Call) -> Read:
     return "reshape" if math.prod(call.out) == math.prod(call.shape("self")) else "move", call.nodes("self"), {}
 
 
+def _like(op: str) -> Callable[[Call], Read]:
+    # Of a second tensor only the shape or the type matters.
+    return lambda call: (op, call.all_nodes()[:1], {})
+
+
+def _addcmul(call: Call) -> Read:
+    # a + value * b * c
+    plain = call.args["value"] == 1
+    return "addcmul" if plain else "scaled_addcmul", call.nodes("self", "tensor1", "tensor2"), {}
+
+
 def _dropout(call: Call) -> Read:
     return "dropout" if call.args["train"] else "identity", call.all_nodes(), {}
 
@@ -213,18 +224,20 @@ def _extreme(call: Call) -> Read:
 
 
 _FLATTENS = (torch.ops.aten.flatten.using_ints, torch.ops.aten.view.default, torch.ops.aten.reshape.default)
-_RESHAPES = "_unsafe_view alias flatten ravel reshape reshape_as squeeze unflatten unsqueeze view view_as"
-_IDENTITIES = (
-    "_to_copy clone contiguous detach detach_copy lift_fresh lift_fresh_copy resolve_conj resolve_neg to type_as"
-)
+_RESHAPES = "_unsafe_view alias flatten ravel reshape squeeze unflatten unsqueeze view"
+_IDENTITIES = "_to_copy clone contiguous detach detach_copy lift_fresh lift_fresh_copy resolve_conj resolve_neg to"
 _MOVES = (
-    "as_strided cat channel_shuffle chunk concat concatenate constant_pad_nd copy diag_embed diagonal expand_as "
+    "as_strided cat channel_shuffle chunk concat concatenate constant_pad_nd copy diag_embed diagonal "
     "expand_copy fill flip gather hstack im2col col2im index index_put index_select masked_fill masked_scatter narrow "
     "native_channel_shuffle pad pixel_shuffle pixel_unshuffle reflection_pad2d repeat repeat_interleave "
     "replication_pad2d roll rot90 scatter select slice slice_scatter sort split split_with_sizes stack take_along_dim "
     "tensor_split tile topk tril triu unbind unfold unsafe_chunk unsafe_split upsample_nearest1d upsample_nearest2d "
     "upsample_nearest3d vstack"
 )
+# What a program makes from nothing but sizes.
+LITERAL = "literal"
+_MADE = "arange empty eye full linspace meshgrid new_empty new_full new_ones new_zeros ones scalar_tensor zeros"
+_MADE += " empty_like full_like ones_like zeros_like"
 _COMPARES = "eq ge gt isnan le lt ne"
 _UNARY = (
     "abs celu cos elu erf exp floor glu leaky_relu log mish neg prelu reciprocal relu relu6 round rsqrt selu "
@@ -237,7 +250,7 @@ _SAME = {name: name for name in _UNARY.split()} | {
     "log2": "log",
     "expm1": "exp",
     "_prelu_kernel": "prelu",
-    **{name: name for name in ("log_sigmoid", "addcmul", "lerp", "where", "maximum", "minimum")},
+    **{name: name for name in ("log_sigmoid", "lerp", "where", "maximum", "minimum")},
 }
 
 # By the operation's name in ATen, without the underscore of what runs in place.
@@ -275,6 +288,12 @@ READERS: dict[str, Callable[[Call], Read]] = {
     "batch_norm": _batch_norm,
     "einsum": _einsum,
     "expand": _expand,
+    "expand_as": _expand,
+    "view_as": _like("reshape"),
+    "reshape_as": _like("reshape"),
+    "type_as": _like("identity"),
+    "addcmul": _addcmul,
+    **dict.fromkeys(_MADE.split(), lambda call: (LITERAL, [], {})),
     "gelu": _gelu,
     "mean": _mean,
     "pow": _power,

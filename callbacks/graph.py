@@ -27,6 +27,7 @@ class Value:
         masked: Whether its zeros are declared by a mask, or None where nothing can declare them.
         role: What a file would call it: `scale`, `zero_point`; empty where its reader says so.
         storage: The value whose memory this one lives in (a view, an in-place result); None for its own.
+        written: Whether something that depends on the image is written into its memory.
     """
 
     shape: Shape
@@ -39,6 +40,7 @@ class Value:
     masked: bool | None = None
     role: str = ""
     storage: "Value | None" = None
+    written: bool = False
 
     @property
     def numel(self) -> int:
@@ -70,6 +72,7 @@ class Node:
         attrs: What the formula needs beyond the shapes.
         name: Path of the module that runs it, such as `groups.0.conv1`, or the name of the ONNX node.
         module: Class of that module: `Conv2d`; the operator's type in ONNX.
+        in_place: Whether it writes into what it reads, so that it matters though nothing reads what it gives.
     """
 
     op: str
@@ -78,6 +81,7 @@ class Node:
     attrs: dict[str, Any] = field(default_factory=dict)
     name: str = ""
     module: str = ""
+    in_place: bool = False
 
     @property
     def out(self) -> Value:
@@ -91,9 +95,9 @@ class Node:
 
     @property
     def data(self) -> Value:
-        """The first input that depends on the image; the first input where none does."""
+        """The first input that depends on the image; the first one where none does, the output where there is none."""
         given = [value for value in self.inputs if value is not None]
-        return next((value for value in given if not value.fixed), given[0])
+        return next((value for value in given if not value.fixed), (given or [self.out])[0])
 
 
 @dataclass(kw_only=True)

@@ -138,7 +138,7 @@ def fold_constants(graph: Graph) -> list[Node]:
     live = []
     for node in graph.nodes:
         given = [value for value in node.inputs if value is not None]
-        if not all(value.fixed for value in given):
+        if not all(value.fixed for value in given) or any(out.memory().written for out in node.outputs):
             live.append(node)
             continue
         for out in node.outputs:
@@ -148,6 +148,16 @@ def fold_constants(graph: Graph) -> list[Node]:
             if given and node.op in VIEWS and out.numel == given[0].numel:
                 out.root = given[0].original()
     return live
+
+
+def _needed(nodes: list[Node], outputs: tuple[Value, ...]) -> list[Node]:
+    """Leave out what nothing reads: a deployed network does not run it."""
+    wanted, kept = {id(value) for value in outputs}, []
+    for node in reversed(nodes):
+        if node.in_place or any(id(value) in wanted for value in node.outputs):
+            wanted |= {id(value) for value in node.inputs if value is not None}
+            kept.append(node)
+    return kept[::-1]
 
 
 class _Store:
@@ -284,7 +294,7 @@ def build(graph: Graph, *, allow_unknown: bool = False) -> Ledger:
     Raises:
         UnknownOperation: There are some, and they are not allowed.
     """
-    nodes = fold_constants(graph)
+    nodes = _needed(fold_constants(graph), graph.outputs)
     unknown = tuple(dict.fromkeys(f"{node.name} ({node.op})" for node in nodes if node.op not in FORMULAS))
     if unknown and not allow_unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
@@ -292,7 +302,7 @@ def build(graph: Graph, *, allow_unknown: bool = False) -> Ledger:
     folds, into = find_folds(nodes, graph.outputs)
     store = _Store()
     # A copy of constants moved about, such as a class token put before the others, must be stored like any other.
-    silent = (*VIEWS, "move", "where", "logical")
+    silent = (*VIEWS, "move", "where", "logical", "literal")
     lines = []
     for node, size in zip(nodes, _lifetimes(nodes, graph), strict=True):
         line = _line(node, folds.get(id(node)), into.get(id(node)), store, size)

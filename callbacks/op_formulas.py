@@ -72,6 +72,11 @@ def _matmul(node: Node) -> Cost:
     return _products(node, taps * node.n, taps, False)
 
 
+def _addmm(node: Node) -> Cost:
+    taps = node.attrs["taps"]
+    return _products(node, taps * node.n, taps, _has(node, 2))
+
+
 def _bilinear(node: Node) -> Cost:
     # x1' W x2: for each output in1*in2 products with the weights, and in2 with the second input.
     _, in1, in2 = node.inputs[2].shape
@@ -167,11 +172,6 @@ def _quantize(node: Node) -> Cost:
     return Cost(mults=node.n, adds=node.n * bool(node.attrs["zero_point"]))
 
 
-def _einsum(node: Node) -> Cost:
-    taps = node.attrs["taps"]
-    return _products(node, taps * node.n, taps, False)
-
-
 def _each(mults: int, adds: int) -> Callable[[Node], Cost]:
     return lambda node: Cost(mults=mults * node.n, adds=adds * node.n)
 
@@ -208,7 +208,8 @@ _ELEMENTWISE = {
     "rsub": (0, 1),  # a constant less x
     "mul": (1, 0),
     "div": (1, 0),
-    "addcmul": (2, 1),
+    "addcmul": (1, 1),  # a + b * c
+    "scaled_addcmul": (2, 1),
     "scaled_add": (1, 1),  # a + alpha * b
     "lerp": (1, 2),
     "maximum": (1, 0),
@@ -233,7 +234,7 @@ _ELEMENTWISE = {
 
 FORMULAS: dict[str, Callable[[Node], Cost]] = {
     **{op: _each(*costs) for op, costs in _ELEMENTWISE.items()},
-    **dict.fromkeys((*VIEWS, "move", "logical", "where"), _free),
+    **dict.fromkeys((*VIEWS, "move", "logical", "where", "literal"), _free),
     **dict.fromkeys(("avg_pool", "global_avg_pool"), _avg_pool),
     **dict.fromkeys(("amax", "argmax", "prod"), _compare_all),
     **dict.fromkeys(("var", "std"), _variance),
@@ -243,7 +244,8 @@ FORMULAS: dict[str, Callable[[Node], Cost]] = {
     "linear": _linear,
     "matmul": _matmul,
     "bilinear": _bilinear,
-    "einsum": _einsum,
+    "einsum": _matmul,
+    "addmm": _addmm,
     "attention": _attention,
     "layer_norm": _layer_norm,  # attrs: size of a group; group and instance normalisation, too
     "rms_norm": _rms_norm,

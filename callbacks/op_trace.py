@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from callbacks.aten import READERS, Call, shape_of, tensor_of
+from callbacks.aten import LITERAL, READERS, Call, shape_of, tensor_of
 from callbacks.graph import Graph, Node, Shape, Value
 from callbacks.ledger import Line, build
 
@@ -77,6 +77,7 @@ class _Reader:
     def __init__(self, program: torch.export.ExportedProgram, modules: dict[str, nn.Module], tensors: _Tensors):
         self.nodes: list[Node] = []
         self.tensors = tensors
+        self.made: dict[tuple[Any, ...], Value] = {}
         self.values: dict[fx.Node, Value] = {}
         self.storages: dict[int, Value] = {}
         self.modules = modules
@@ -123,11 +124,15 @@ class _Reader:
     def take(self, node: fx.Node) -> None:
         """One of several results: a part of the first one's memory, or memory of its own."""
         source = self.values[node.args[0]]
-        value = self.give(node) if node.args[1] else source
-        if value is not source:
+        key = ("getitem", id(source), node.args[1])
+        if not node.args[1]:
+            self.values[node] = source
+        elif source.fixed and key in self.made:
+            self.values[node] = self.made[key]
+        else:
+            value = self.made[key] = self.give(node)
             value.fixed, value.literal, value.names = source.fixed, source.literal, source.names
             self.nodes[-1].outputs += (value,)
-        self.values[node] = value
 
     def read_body(self, graph: fx.GraphModule, node: fx.Node) -> None:
         """Read what runs inside `torch.autocast`, `torch.no_grad` or a checkpoint."""
@@ -142,19 +147,34 @@ class _Reader:
         self.values[node] = self.values[output.all_input_nodes[0]]
 
     def node(self, node: fx.Node) -> Node:
-        name = node.target._schema.name.removeprefix("aten::").replace("::", ".").rstrip("_")  # relu_ is in place
+        name = node.target._schema.name.removeprefix("aten::").replace("::", ".")
+        in_place, name = name.endswith("_"), name.rstrip("_")
         call = Call(name, node, _arguments(node), shape_of(node))
         op, read, attrs = READERS.get(name, lambda call: (name, call.all_nodes(), {}))(call)
         inputs = tuple(self.values.get(n) if n is not None else None for n in read)
         op, inputs, attrs = _with_weights(op, inputs, attrs, len(call.out))
         given = [v for v in inputs if v is not None]
-        if not given and node.all_input_nodes:  # or it would pass for a constant
+        if not given and node.all_input_nodes and op != LITERAL:  # or it would pass for a constant
             raise TraceError(f"what {node.target} reads is not known")
-        out = self.give(node)
-        out.fixed = all(v.fixed for v in given)
-        out.literal = all(v.literal for v in given)
+        fixed = all(v.fixed for v in given)
+        key = (str(node.target), *_called(node.args, self.values), *_called(node.kwargs, self.values))
+        if fixed and given and key in self.made:  # the same constant again
+            out = self.values[node] = self.made[key]
+        else:
+            out = self.give(node)
+            self.made[key] = out
+        out.fixed, out.literal = fixed, all(v.literal for v in given)
+        if in_place and not fixed and given[0].fixed:
+            self.write(out.memory())
         path, kind = self.owner(node, op)
-        return Node(op=op, inputs=inputs, outputs=(out,), attrs=attrs, name=path, module=kind)
+        return Node(op=op, inputs=inputs, outputs=(out,), attrs=attrs, name=path, module=kind, in_place=in_place)
+
+    def write(self, memory: Value) -> None:
+        """What is put into a constant's memory makes it depend on the image, by every name it goes by."""
+        memory.written = True
+        for value in self.values.values():
+            if value.memory() is memory:
+                value.fixed = value.literal = False
 
     def owner(self, node: fx.Node, op: str) -> tuple[str, str]:
         """The name of a line and the class of the module that runs it."""
@@ -163,6 +183,20 @@ class _Reader:
         leaf = path in self.modules and not any(True for _ in self.modules[path].children())
         kind = kind if isinstance(kind, str) else kind.__qualname__
         return path if path and leaf else f"{path}.{op}".lstrip("."), kind.rsplit(".", 1)[-1]
+
+
+def _called(arguments: Any, values: Mapping[fx.Node, Value]) -> Iterator[Any]:
+    """What a call was made with, so that two calls can be compared."""
+    if isinstance(arguments, Mapping):
+        for name, value in arguments.items():
+            yield name
+            yield from _called(value, values)
+    elif isinstance(arguments, tuple | list):
+        yield len(arguments)
+        for value in arguments:
+            yield from _called(value, values)
+    else:
+        yield id(values.get(arguments)) if isinstance(arguments, fx.Node) else str(arguments)
 
 
 def _with_weights(
@@ -196,7 +230,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _copied(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
+def copied(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
     """Copy a module in eval mode, tensors changed instead of copied, hooks and what wraps a forward left out."""
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -217,12 +251,14 @@ def _copied(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
     return copied
 
 
-def _on_meta(tensor: Tensor) -> Tensor:
+def on_meta(tensor: Tensor) -> Tensor:
+    """A tensor of its shape without storage, float32 where it is of any floating-point type."""
     dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
     return torch.empty(tensor.shape, dtype=dtype, device="meta")
 
 
-def _on_cpu(tensor: Tensor) -> Tensor:
+def on_cpu(tensor: Tensor) -> Tensor:
+    """A copy on the CPU; zeros for one without storage."""
     return torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor.to("cpu", copy=True)
 
 
@@ -268,12 +304,12 @@ def trace(
         raise TraceError(f"{type(model).__name__} has parameters without a shape yet: run it once first")
     tensors, params = _Tensors(model, masks), total_params(model)
     try:
-        return _export(_copied(model, _on_meta), sizes, tensors, params)
+        return _export(copied(model, on_meta), sizes, tensors, params)
     except TraceError:
         raise
     except Exception:  # it reads values while it runs, or wants its own dtype: real tensors have both
         try:
-            return _export(_copied(model, _on_cpu), sizes, tensors, params)
+            return _export(copied(model, on_cpu), sizes, tensors, params)
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             images = " and ".join(map(str, sizes))

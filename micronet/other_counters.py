@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from callbacks.op_trace import _copied, _on_cpu, _on_meta
+from callbacks.op_trace import copied, on_cpu, on_meta
 from micronet.errors import MicronetError, first_line
 from micronet.model_source import DEFAULT_SIZE, ModelSource
 
@@ -128,11 +128,11 @@ def real_copy(source: ModelSource) -> tuple[nn.Module, tuple[Tensor, ...]]:
     Args:
         source: The network.
     """
-    return _copy(source, _on_cpu)
+    return _copy(source, on_cpu)
 
 
 def _copy(source: ModelSource, change: Callable[[Tensor], Tensor]) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    model = _copied(getattr(source.module, "_orig_mod", source.module), change)  # torch.compile's wrapper
+    model = copied(getattr(source.module, "_orig_mod", source.module), change)  # torch.compile's wrapper
     size = source.input_size or DEFAULT_SIZE
     sizes = size if isinstance(size[0], Sequence) else (size,)
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
@@ -160,7 +160,7 @@ def watch(source: ModelSource) -> Watched:
         MicronetError: It can't be run.
     """
     try:
-        return _watch(*_copy(source, _on_meta))
+        return _watch(*_copy(source, on_meta))
     except Exception:  # it reads values while it runs
         try:
             return _watch(*real_copy(source))

@@ -162,6 +162,42 @@ def test_literals_are_the_programs_and_not_stored():
     assert [array.numel for array in learned.arrays] == [1]
 
 
+def test_what_nothing_reads_is_not_run_and_not_stored():
+    spare = ledger_of(lambda s, x: (s.spare(x), s.a(x))[1], a=conv(), spare=nn.Conv2d(4, 9, 3))
+    assert [line.name for line in spare.lines] == ["a"]
+    assert [array.numel for array in spare.arrays] == [144]
+
+    def written(s, x):
+        y = torch.zeros_like(x)
+        y[:, :2] = x[:, :2] * 2  # into memory that is read later
+        return y + 1
+
+    assert [line.op for line in ledger_of(written).lines] == ["mul", "add"]
+
+
+def test_the_same_constant_made_twice_is_stored_once():
+    ledger = ledger_of(
+        lambda s, x: (x * s.table[:2].exp().sum(0)) + x * s.table[:2].exp().sum(0) + x * s.table[2:].exp().sum(0),
+        size=(6,),
+        table=nn.Parameter(torch.randn(4, 6)),
+    )
+    assert [array.numel for array in ledger.arrays] == [6, 6]
+    chunks = ledger_of(
+        lambda s, x: x * s.table.chunk(2)[1].sum(0) * s.table.chunk(2)[1].sum(0),
+        size=(6,),
+        table=nn.Parameter(torch.randn(4, 6)),
+    )
+    assert [array.numel for array in chunks.arrays] == [6]
+
+
+def test_shapes_taken_from_another_tensor_do_not_hinder_folding():
+    ledger = ledger_of(lambda s, x: s.bn(s.a(x).view_as(x).type_as(x)), a=conv(), bn=nn.BatchNorm2d(4))
+    assert [line.folded for line in ledger.lines] == [None, "a"]
+    made = ledger_of(lambda s, x: x + x.new_zeros(8) + torch.addcmul(x, x, x) + torch.addcmul(x, x, x, value=2))
+    assert not made.arrays
+    assert sum(line.mults for line in made.lines) == 256 + 512
+
+
 def test_several_inputs_and_networks_without_convolutions():
     ledger = ledger_of(lambda s, x, gate: x * gate.sigmoid(), size=((4, 8, 8), (4, 1, 1)))
     assert [(line.op, line.mults, line.adds) for line in ledger.lines] == [("sigmoid", 8, 4), ("mul", 256, 0)]
