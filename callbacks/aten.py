@@ -148,13 +148,18 @@ def _norm_layer(call: Call) -> Read:
     elif call.op in ("group_norm", "native_group_norm"):
         groups = call.args.get("num_groups") or call.args["group"]
         size = math.prod(call.out[1:]) // groups
-    else:
+    elif call.args["use_input_stats"]:
         size = math.prod(call.out[2:])
+    else:  # an instance normalisation with statistics of its own is a BatchNorm
+        return "batch_norm", call.nodes(*names, "running_mean", "running_var"), {}
     return "rms_norm" if call.op == "rms_norm" else "layer_norm", call.nodes(*names), {"size": size}
 
 
 def _batch_norm(call: Call) -> Read:
-    return "batch_norm", call.nodes("input", "weight", "bias", "running_mean", "running_var"), {}
+    statistics = call.nodes("running_mean", "running_var")
+    if call.args["training"] or None in statistics:  # it takes the image's own
+        return "layer_norm", call.nodes("input", "weight", "bias"), {"size": math.prod(call.out) // call.out[1]}
+    return "batch_norm", [*call.nodes("input", "weight", "bias"), *statistics], {}
 
 
 def _softmax(call: Call) -> Read:
@@ -257,14 +262,16 @@ _SAME = {name: name for name in _UNARY.split()} | {
 READERS: dict[str, Callable[[Call], Read]] = {
     **{name: _simple(op) for name, op in _SAME.items()},
     **{name: _binary(op) for name, op in {"add": "add", "sub": "sub", "rsub": "rsub", "mul": "mul"}.items()},
-    **{name: _binary("div") for name in ("div", "true_divide", "floor_divide", "remainder", "fmod")},
+    **{name: _binary(op) for name, op in {"true_divide": "div", "floor_divide": "floor_div"}.items()},
+    **{name: _binary("remainder") for name in ("remainder", "fmod")},
+    "div": lambda call: _binary("floor_div" if call.args.get("rounding_mode") else "div")(call),
     **dict.fromkeys(_COMPARES.split(), _simple("compare")),
     **dict.fromkeys(("logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_not"), _simple("logical")),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "_convolution"), _conv),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _conv),
     **dict.fromkeys(("mm", "matmul", "bmm", "mv"), _matmul),
     **dict.fromkeys(("addmm", "baddbmm"), _addmm),
-    **dict.fromkeys(("clamp", "clamp_min", "clamp_max", "hardtanh"), _clamp),
+    **dict.fromkeys(("clamp", "clip", "clamp_min", "clamp_max", "hardtanh"), _clamp),
     **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d"), _pool),
     **dict.fromkeys(("max_pool2d_with_indices", "max_pool3d_with_indices"), _pool),
     **dict.fromkeys(("avg_pool1d", "avg_pool2d", "avg_pool3d"), _pool),

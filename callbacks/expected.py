@@ -153,7 +153,13 @@ def narrowed(ledger: Ledger, ratio: float) -> Ledger:
     if params is not None:  # what was folded away is BatchNorm's, a few numbers a channel
         gone = params - sum(array.numel for array in ledger.arrays)
         params = sum(array.numel for array in cut.arrays.values()) + round(gone * (1 - ratio))
-    return replace(ledger, lines=tuple(map(cut.line, ledger.lines)), arrays=tuple(cut.arrays.values()), params=params)
+    return replace(
+        ledger,
+        lines=tuple(map(cut.line, ledger.lines)),
+        arrays=tuple(cut.arrays.values()),
+        params=params,
+        peak_bytes=cut.alive(ledger.peak_bytes),
+    )
 
 
 class _Cut:
@@ -163,6 +169,11 @@ class _Cut:
         self.keep, self.readers, self.head, self.image = keep, readers, head, ledger.lines[0].in_shape
         self.whole = {array.name: array for array in ledger.arrays}
         self.arrays = {array.name: self.array(array, self.readers.get(array.name)) for array in ledger.arrays}
+
+    def alive(self, live_bytes: int) -> int:
+        """Bytes of activations; the image is its caller's, and stays as it is."""
+        held = 4 * math.prod(self.image)
+        return held + round((live_bytes - held) * self.keep)
 
     def width(self, channels: int) -> int:
         return max(1, round(channels * self.keep))
@@ -186,8 +197,7 @@ class _Cut:
         return replace(array, shape=tuple(shape), nonzero=nonzero)
 
     def line(self, line: Line) -> Line:
-        held = 4 * math.prod(self.image)  # bytes of the image, which its caller keeps throughout
-        line = replace(line, live_bytes=held + round((line.live_bytes - held) * self.keep))
+        line = replace(line, live_bytes=self.alive(line.live_bytes))
         shapes = {"in_shape": self.shape(line.in_shape), "out_shape": self.shape(line.out_shape)}
         if not line.arrays or line.arrays[0] not in self.readers:
             share = 1.0 if line.in_shape == self.image else self.keep

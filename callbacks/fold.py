@@ -41,10 +41,13 @@ def _axis_through(node: Node, axis: int) -> int | None:
     if node.op == "permute":
         return node.attrs["perm"].index(axis)
     left, right = math.prod(before[:axis]), math.prod(before[axis + 1 :])
-    for place, size in enumerate(after):
-        around = math.prod(after[:place]), math.prod(after[place + 1 :])
-        if size == before[axis] and around == (left, right):
-            return place
+    for place in (axis, *range(len(after))):
+        if place < len(after) and math.prod(after[:place]) == left and before[axis] % after[place] == 0:
+            # The axis itself, or split with its outer part first: a channel there is several here.
+            whole = after[place] == before[axis] and math.prod(after[place + 1 :]) == right
+            split = math.prod(after[place + 1 :]) == right * before[axis] // after[place]
+            if whole or (split and after[place] > 1):
+                return place
     return None
 
 
@@ -64,9 +67,12 @@ def _constant(node: Node) -> tuple[bool, Value | None]:
     return len(others) == 1 and others[0].fixed, others[0]
 
 
-def _folds(node: Node, axis: int) -> bool:
+def _folds(node: Node, axis: int, layer: Node) -> bool:
     """Whether an operation on a layer's output goes into the layer."""
     shape = node.data.shape
+    bias = layer.inputs[2] if len(layer.inputs) > 2 else None
+    if bias is not None and not bias.fixed:
+        return False  # a factor would have to multiply it, and a summand has no place beside it
     if node.op == "batch_norm":
         return axis == 1 and all(v is None or v.fixed for v in node.inputs[1:])
     if node.op in ("add", "mul") or (node.op in ("sub", "div") and node.inputs[0] is node.data):
@@ -110,7 +116,7 @@ def find_folds(nodes: list[Node], outputs: tuple[Value, ...]) -> tuple[dict[int,
             through = _axis_through(node, axis)
             if through is not None:
                 sources[id(node.out)] = (layer, through)
-        elif _folds(node, axis):
+        elif _folds(node, axis, layer):
             fold = folds.setdefault(id(layer), Fold(layer.out.shape[sources[id(layer.out)][1]]))
             fold.keys += _key(node)
             if node.op not in ("add", "sub"):

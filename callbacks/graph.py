@@ -49,8 +49,8 @@ class Value:
 
     @property
     def bytes(self) -> int:
-        """Bytes that it takes while it lives."""
-        return -(-self.numel * self.bits // 8)
+        """Bytes that it takes while it lives: codes of less than a byte take one."""
+        return self.numel * -(-self.bits // 8)
 
     def original(self) -> "Value":
         """The value whose numbers these are."""
@@ -115,3 +115,9 @@ class Graph:
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     params: int | None = None
+
+    @property
+    def input_size(self) -> tuple[Any, ...]:
+        """**Shape** of one image without its batch axis; a tuple of them where there are several inputs."""
+        sizes = tuple(value.shape[1:] if value.shape[:1] == (1,) else value.shape for value in self.inputs)
+        return sizes[0] if len(sizes) == 1 else sizes

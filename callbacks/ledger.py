@@ -72,7 +72,8 @@ class Line:
         acc_bits: Width of the accumulator that its sums are kept in.
         own_bias: Whether the layer has a bias as it was written, before anything was folded into it.
         bias: Whether the deployed layer has one.
-        arrays: Names of the arrays that it reads; the weight's first.
+        arrays: Names of the arrays that it reads.
+        weight_array: The one of them that holds its weights; None where they are not stored.
         folded: The line that it was folded into, so that it costs nothing; None where it runs.
         live_bytes: Bytes of all activations that are alive while it runs, the image's too.
         ops: Operations, as rules weight them; 0 in a ledger, which knows no rules.
@@ -97,6 +98,7 @@ class Line:
     own_bias: bool = False
     bias: bool = False
     arrays: tuple[str, ...] = ()
+    weight_array: str | None = None
     folded: str | None = None
     live_bytes: int = 0
     ops: float = 0.0
@@ -115,18 +117,17 @@ class Ledger:
         lines: What runs and what was folded, in order. What only moves numbers has no line.
         arrays: What is stored, each once.
         params: Count of all parameters as they were trained, BatchNorm's too; None where there is no telling (ONNX).
+        peak_bytes: The most bytes of activations alive at any time, the image's among them.
+        input_size: **Shape** of the image, or of each input where there are several.
         uncounted: Operations that no formula covers, as `name (operation)`; empty unless they were allowed.
     """
 
     lines: tuple[Line, ...]
     arrays: tuple[Array, ...]
     params: int | None
+    peak_bytes: int = 0
+    input_size: tuple[Any, ...] = ()
     uncounted: tuple[str, ...] = ()
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most bytes of activations alive at any time, the image's among them."""
-        return max((line.live_bytes for line in self.lines), default=0)
 
 
 def _image(shape: Shape) -> Shape:
@@ -152,10 +153,14 @@ def fold_constants(graph: Graph) -> list[Node]:
 
 def _needed(nodes: list[Node], outputs: tuple[Value, ...]) -> list[Node]:
     """Leave out what nothing reads: a deployed network does not run it."""
-    wanted, kept = {id(value) for value in outputs}, []
+    wanted, memories, kept = {id(value) for value in outputs}, {id(value.memory()) for value in outputs}, []
     for node in reversed(nodes):
-        if node.in_place or any(id(value) in wanted for value in node.outputs):
-            wanted |= {id(value) for value in node.inputs if value is not None}
+        # What is written in place matters where anything that lives in that memory is read later.
+        written = node.in_place and id(node.out.memory()) in memories
+        if written or any(id(value) in wanted for value in node.outputs):
+            read = [value for value in node.inputs if value is not None]
+            wanted |= {id(value) for value in read}
+            memories |= {id(value.memory()) for value in read}
             kept.append(node)
     return kept[::-1]
 
@@ -261,6 +266,7 @@ def _line(node: Node, fold: Fold | None, into: str | None, store: _Store, live_b
         own_bias=own_bias,
         bias=bias,
         arrays=names,
+        weight_array=kept.name if kept else None,
         folded=into,
         live_bytes=live_bytes,
     )
@@ -303,9 +309,19 @@ def build(graph: Graph, *, allow_unknown: bool = False) -> Ledger:
     store = _Store()
     # A copy of constants moved about, such as a class token put before the others, must be stored like any other.
     silent = (*VIEWS, "move", "where", "logical", "literal")
-    lines = []
-    for node, size in zip(nodes, _lifetimes(nodes, graph), strict=True):
+    lines, sizes = [], _lifetimes(nodes, graph)
+    for node, size in zip(nodes, sizes, strict=True):
         line = _line(node, folds.get(id(node)), into.get(id(node)), store, size)
         if node.op not in silent or line.arrays:
             lines.append(line)
-    return Ledger(lines=tuple(lines), arrays=tuple(store.arrays.values()), params=graph.params, uncounted=unknown)
+    for value in graph.outputs:  # a result that no image changes is stored like any other constant
+        if value.fixed:
+            store.add(value, "constant", "output")
+    return Ledger(
+        lines=tuple(lines),
+        arrays=tuple(store.arrays.values()),
+        params=graph.params,
+        peak_bytes=max(sizes, default=0),
+        input_size=graph.input_size,
+        uncounted=unknown,
+    )

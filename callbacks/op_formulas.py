@@ -227,6 +227,8 @@ _ELEMENTWISE = {
     "cos": (1, 0),
     "erf": (1, 0),
     "floor": (1, 0),
+    "remainder": (1, 0),
+    "floor_div": (2, 0),  # a division and a rounding
     "round": (1, 0),
     "batch_norm": (1, 1),  # one that can't be folded: scale and shift
     "cumsum": (0, 1),

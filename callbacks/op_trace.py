@@ -46,14 +46,15 @@ class _Tensors:
         key = id(traced) if tensor is None else id(tensor)
         if key not in self.values:
             known = tensor is not None and not tensor.is_meta
+            mask = self.mask(name, tensor)
             self.values[key] = Value(
                 shape=tuple(traced.shape),
                 bits=_bits(traced),
                 fixed=True,
                 literal=tensor is None and traced.numel() == 1,  # a number that a forward makes a tensor of
                 names=(name,),
-                nonzero=(lambda: int(tensor.detach().count_nonzero())) if known else None,
-                masked=self.masked(name),
+                nonzero=self.count(tensor, mask) if known else None,
+                masked=None if self.masks is None and mask is None else mask is not None,
             )
         return self.values[key]
 
@@ -65,10 +66,20 @@ class _Tensors:
             return None
         return found if isinstance(found, Tensor) else None
 
-    def masked(self, name: str) -> bool | None:
-        if f"{name}_mask" in self.own:  # torch.nn.utils.prune declares it so
-            return True
-        return None if self.masks is None else name in self.masks
+    def mask(self, name: str, tensor: Tensor | None) -> Tensor | None:
+        """The mask that declares a tensor's zeros, by whatever name the tensor goes."""
+        others = [other for other, own in self.own.items() if own is tensor]
+        for alias in (name, *others):
+            if self.masks is not None and alias in self.masks:
+                return self.masks[alias]
+            if f"{alias}_mask" in self.own:  # torch.nn.utils.prune's
+                return self.own[f"{alias}_mask"]
+        return None
+
+    @staticmethod
+    def count(tensor: Tensor, mask: Tensor | None) -> Callable[[], int]:
+        """What is kept: what a mask keeps, zeros among it too; without a mask what is not zero."""
+        return lambda: int((tensor if mask is None else mask).detach().count_nonzero())
 
 
 class _Reader:
@@ -148,6 +159,7 @@ class _Reader:
 
     def node(self, node: fx.Node) -> Node:
         name = node.target._schema.name.removeprefix("aten::").replace("::", ".")
+        # In place matters where something else reads that memory.
         in_place, name = name.endswith("_"), name.rstrip("_")
         call = Call(name, node, _arguments(node), shape_of(node))
         op, read, attrs = READERS.get(name, lambda call: (name, call.all_nodes(), {}))(call)
@@ -273,6 +285,8 @@ def _export(model: nn.Module, input_sizes: Sequence[Shape], tensors: _Tensors, p
 
 
 def _sizes(input_size: Any) -> tuple[Shape, ...]:
+    if not isinstance(input_size, Sequence):
+        raise ValueError(f"input_size must be positive whole numbers (C, H, W), got {input_size!r}")
     several = bool(input_size) and all(isinstance(size, Sequence) for size in input_size)
     sizes = tuple(tuple(size) for size in (input_size if several else [input_size]))
     if not sizes or not all(size and all(isinstance(n, int) and n > 0 for n in size) for size in sizes):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from micronet.bundle import Bundle as Bundle
     from micronet.bundle import load as load
     from micronet.bundle import save as save
+    from micronet.counting import Assume as Assume
     from micronet.evaluate import evaluate as evaluate
     from micronet.optim import adam as adam
     from micronet.optim import adamw as adamw
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from micronet.recipe import Recipe as Recipe
     from micronet.recipe import load_recipe as load_recipe
     from micronet.rules import RULES as RULES
-    from micronet.rules import Assume as Assume
     from micronet.rules import Rules as Rules
     from micronet.run import RunOptions as RunOptions
     from micronet.run import run as run
@@ -43,7 +43,7 @@ _HOMES = {
     "Recipe": "recipe",
     "load_recipe": "recipe",
     "RULES": "rules",
-    "Assume": "rules",
+    "Assume": "counting",
     "Rules": "rules",
     "RunOptions": "run",
     "run": "run",

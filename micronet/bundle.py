@@ -121,6 +121,14 @@ def load(path: str | Path, *, factory: Callable[..., nn.Module] | None = None) -
     )
 
 
+def is_bundle(path: str | Path) -> bool:
+    """Whether a file is a bundle, whole or not."""
+    try:
+        return zipfile.is_zipfile(path) and torch.load(path, map_location="cpu", weights_only=True)["format"] == FORMAT
+    except Exception:  # anything else fails in any way
+        return False
+
+
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         what = "is a folder; name the model.pth in it" if path.is_dir() else "no such file"
@@ -138,7 +146,7 @@ def _read(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise MicronetError(
             f"{path}: holds pickled objects, which can run code when read, and was refused; "
-            f"save it again from its own program as a bundle ({first_line(error)[:120]})"
+            "save it again from its own program as a bundle; `micronet score --trust` runs that code to score it"
         ) from error
     except Exception as error:  # on damaged bytes the restricted unpickler fails with whatever comes
         raise MicronetError(f"{path}: damaged: {first_line(error)[:160]}; copy or make it again") from error

@@ -1,5 +1,6 @@
 """`micronet score`: parse, call, print."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,8 +10,9 @@ import typer
 from micronet.cli_options import DataName, DataPlace, Device, Factory, find_users_factory, make_console, use_data
 
 if TYPE_CHECKING:
+    from micronet.counting import Assume
     from micronet.model_source import ModelSource
-    from micronet.rules import Assume, Rules
+    from micronet.rules import Rules
     from micronet.score import Accuracy, Score
 
 Model = Annotated[
@@ -53,12 +55,14 @@ def parse_size(text: str | None) -> tuple[Any, ...] | None:
 
 def parse_assume(text: str | None) -> "Assume":
     """Read `bits=8,acc=16,sparsity=0.5`."""
-    from micronet.rules import Assume
+    from micronet.counting import Assume
 
     kinds = {"bits": int, "acc": int, "sparsity": float}
     given = {}
     for pair in text.split(",") if text else ():
         name, _, value = pair.partition("=")
+        if name.strip() in given:
+            raise typer.BadParameter(f"--assume: {name.strip()} is given twice")
         try:
             given[name.strip()] = kinds[name.strip()](value)
         except (KeyError, ValueError):
@@ -117,11 +121,17 @@ def score(
 
     Example: `micronet score runs/wrn_cifar100/model.pth --data cifar100`
     """
-    if sum((json, csv, markdown)) > 1:
-        raise typer.BadParameter("choose one of --json, --csv and --markdown")
+    forms = {"--json": json, "--csv": csv, "--markdown": markdown, "--explain": explain}
+    _refuse_together({"--against": against is not None} | {k: v for k, v in forms.items() if k != "--json"})
+    _refuse_together({"--cross-check": cross_check} | forms)
+    _refuse_together({"--acc": acc is not None, "--adder-tree": adder_tree})
+    if device is not None and data is None:
+        raise typer.BadParameter("--device is where --data is measured: give both")
     options = {"max_pool": max_pool, "free_batch_norm": free_bn, "int_acc_bits": acc, "adder_tree": adder_tree}
     options |= {"ps": ps, "pu": pu, "qw": qw, "qa": qa, "freebie": no_freebie}
     chosen, assumed = _rules(rules, options), parse_assume(assume)
+    if trust:
+        print(f"micronet: --trust: reading {model} runs whatever code it holds", file=sys.stderr)
     from micronet.model_source import open_model
 
     def open_it(name: str) -> "ModelSource":
@@ -131,15 +141,24 @@ def score(
     source = open_it(model)
     accuracy = _measure(source, data, data_dir, device)
     scores = _scores(source, chosen, assumed, accuracy, allow_unknown)
+    table = None
+    if cross_check:
+        from micronet.cross_check import cross_check_table
+
+        table = cross_check_table(source, scores[0].ledger)
     if against is not None:
         others = _scores(open_it(against), chosen, assumed, None, allow_unknown)
         _print_against(scores, others, json)
     else:
         _print(scores, json=json, csv=csv, markdown=markdown, explain=explain)
-    if cross_check:
-        from micronet.cross_check import cross_check_table
+    if table is not None:
+        make_console().print(table)
 
-        make_console().print(cross_check_table(source, scores[0].ledger))
+
+def _refuse_together(given: dict[str, bool]) -> None:
+    names = [name for name, there in given.items() if there]
+    if len(names) > 1:
+        raise typer.BadParameter(f"choose one of {' and '.join(names)}")
 
 
 # What the options of `Rules` are called on the command line, where that is shorter.
@@ -153,7 +172,7 @@ def _rules(name: str, options: dict[str, Any]) -> "list[Rules]":
     if name != "all" and name not in RULES:
         raise typer.BadParameter(f"--rules must be one of {', '.join((*RULES, 'all'))}, got {name!r}")
     chosen = list(RULES.values()) if name == "all" else [RULES[name]]
-    given = {key: value for key, value in options.items() if value not in (None, False)}
+    given = {key: value for key, value in options.items() if value is not None and value is not False}
     if given.pop("freebie", False):
         given["freebie"] = False
     for key in given:
@@ -168,10 +187,9 @@ def _scores(
     from micronet.score import tally
 
     ledger = source.ledger(allow_unknown=allow_unknown)
-    size = source.input_size or ()
     # Rules without widths can't assume any: left out where all were asked for, refused where they alone were.
     known = [one for one in rules if one.options() or not assume or len(rules) == 1]
-    return [tally(source.name, ledger, size, one, assume, accuracy) for one in known]
+    return [tally(source.name, ledger, one, assume, accuracy) for one in known]
 
 
 def _measure(source: "ModelSource", data: str | None, data_dir: Path | None, device: str | None) -> "Accuracy | None":
@@ -186,7 +204,7 @@ def _measure(source: "ModelSource", data: str | None, data_dir: Path | None, dev
 
 
 def _print(scores: "list[Score]", *, json: bool, csv: bool, markdown: bool, explain: bool) -> None:
-    from micronet.score_report import all_rules_table, score_table, summary, to_csv, to_markdown, totals_table
+    from micronet.score_report import all_rules_table, footer, score_table, summary, to_csv, to_markdown, totals_table
     from micronet.score_report import explain as in_words
 
     if json:
@@ -201,6 +219,7 @@ def _print(scores: "list[Score]", *, json: bool, csv: bool, markdown: bool, expl
             print("\n".join([*in_words(score), summary(score)]))
     elif len(scores) > 1:
         make_console().print(all_rules_table(scores))
+        make_console().print(footer(scores), highlight=False, markup=False)
     else:
         console = make_console()
         console.print(score_table(scores[0]))
@@ -214,7 +233,8 @@ def _print_against(scores: "list[Score]", others: "list[Score]", json: bool) -> 
 
         print(dumps([[one.to_json(), other.to_json()] for one, other in zip(scores, others, strict=True)], indent=1))
         return
-    from micronet.score_report import against_table
+    from micronet.score_report import against_table, footer
 
     for one, other in zip(scores, others, strict=True):
         make_console().print(against_table(one, other))
+        make_console().print(footer([one, other]), highlight=False, markup=False)

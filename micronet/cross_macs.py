@@ -20,7 +20,7 @@ from micronet.other_counters import Fvcore, Paths, Told
 Amount = tuple[str, str, int]
 
 CONSTANT = "layers fed by constants alone: computed once here, and stored"
-UNUSED = "results that nothing uses: not in its trace"
+UNUSED = "results that nothing reads: not run here"
 NO_FORMULA = "bilinear layers and products with a vector: no formula there"
 BROADCAST = "matrix products whose first factor is used many times: counted once"
 EINSUM = "einsum: numpy's estimate, printed with four digits"
@@ -69,10 +69,11 @@ class Network:
     def __init__(self, source: ModelSource, ledger: Ledger, paths: Paths):
         graph = source.graph()
         self.ledger, self.paths, self.nodes = ledger, paths, graph.nodes
-        self.live = fold_constants(graph)
-        live = {id(node) for node in self.live}
-        self.constant = {id(node) for node in self.nodes} - live
         self.used = _used(graph)
+        on_image = fold_constants(graph)
+        self.live = [node for node in on_image if id(node) in self.used]
+        live = {id(node) for node in on_image}
+        self.constant = {id(node) for node in self.nodes} - live
         # Of operations on constants, only products matter here; without a rule are these two.
         unruled = [
             n for n in self.nodes if n.op not in FORMULAS and (id(n) in live or n.op in ("addmm", "einsum_of_many"))
@@ -132,6 +133,9 @@ def flop_counter(net: Network) -> Iterator[Amount]:
     """
     yield from _folded(net)
     for path, node, macs in net.products():
+        if id(node) not in net.used:
+            yield path, UNUSED, 0 if id(node) in net.constant else macs
+            continue
         vector = node.op in ("linear", "matmul") and min(len(value.shape) for value in node.inputs[:2]) == 1
         if node.op == "bilinear" or vector:
             yield path, NO_FORMULA, -macs
@@ -149,8 +153,8 @@ def fvcore(net: Network, other: Fvcore) -> Iterator[Amount]:
     for path, node, macs in net.products():
         missed = _FVCORE_MISSES.get(node.op)
         if id(node) not in net.used:
-            yield path, UNUSED, -macs
-        elif missed and other.unknown[path][f"aten::{missed}"] > 0:
+            continue  # nor does its trace have it
+        if missed and other.unknown[path][f"aten::{missed}"] > 0:
             yield path, f"{missed}: no formula there", -macs
         elif node.op == "einsum" or node.attrs.get("channel_axis", 0) is None:
             einsums[path] += macs
@@ -192,9 +196,10 @@ def torchstat_flops(net: Network, told: Told) -> Iterator[Amount]:
     for path, node, macs in net.products():
         constant = id(node) in net.constant
         if not _counts(told, net, path, node.op):
-            yield path, _unseen(told, net, path, node.op), 0 if constant else -macs
+            ours = macs if id(node) in net.used and not constant else 0
+            yield path, _unseen(told, net, path, node.op), -ours
             continue
-        yield path, CONSTANT, macs if constant else 0
+        yield path, CONSTANT if constant else UNUSED, macs if constant or id(node) not in net.used else 0
         if node.op == "conv2d" and len(node.inputs) > 2 and node.inputs[2] is not None:
             yield path, CONV_BIAS, node.n
     for path, count in told.counts.items():
@@ -220,7 +225,8 @@ def torchstat_madd(net: Network, told: Told) -> Iterator[Amount]:
         if _counts(told, net, path, node.op):
             whole, item = sum(torchstat_cost(_as_line(node, 1))), sum(torchstat_cost(_as_line(node, batch)))
             yield path, BATCH, item - whole
-            yield path, CONSTANT, whole if id(node) in net.constant else 0
+            constant = id(node) in net.constant
+            yield path, CONSTANT if constant else UNUSED, whole if constant or id(node) not in net.used else 0
 
 
 def _as_line(node: Node, batch: int) -> Line:

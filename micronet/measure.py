@@ -1,12 +1,13 @@
 """Accuracy of whatever a model comes as, on a split of a data set, after checking that the two belong together."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, cat, from_numpy, nn, no_grad, zeros
 
-from micronet.errors import MicronetError
+from micronet.errors import MicronetError, first_line
 from micronet.evaluate import Evaluation, evaluate
 
 if TYPE_CHECKING:
@@ -38,18 +39,26 @@ class OnnxModule(nn.Module):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
+        self.path = path
         import onnxruntime
 
         try:
             self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own errors share no class
-            raise MicronetError(f"{path}: onnxruntime can't run it: {str(error).splitlines()[0][:200]}") from error
+            raise MicronetError(f"{path}: onnxruntime can't run it: {first_line(error)[:200]}") from error
         first = self.session.get_inputs()[0]
         self.input, self.batch = first.name, first.shape[0] if isinstance(first.shape[0], int) else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, C) of images (B, C, H, W); one by one where the file knows one image only."""
         parts = x.cpu().split(self.batch or len(x))
+        try:
+            return self.answer(parts)
+        except Exception as error:  # onnxruntime's own errors share no class
+            raise MicronetError(f"{self.path}: onnxruntime can't run it: {first_line(error)[:200]}") from error
+
+    def answer(self, parts: Sequence[Tensor]) -> Tensor:
+        """The logits of some batches, one after another."""
         return cat([from_numpy(self.session.run(None, {self.input: part.numpy()})[0]) for part in parts])
 
 
@@ -69,7 +78,7 @@ def measure(source: "ModelSource", data: str, split: str, device: Any = None, **
     from micronet.data import by_name, plain_loader
     from micronet.learner import pick_device
 
-    size = source.input_size
+    size = source.input_size if source.path is None else source.graph().input_size
     images = by_name(data, size=size[1] if size else 32, **kwargs)
     if size and images.input_size != size:
         raise MicronetError(
@@ -87,7 +96,7 @@ def measure(source: "ModelSource", data: str, split: str, device: Any = None, **
     if source.mean is not None:  # what it was trained with; else the data set's own
         images = replace(images, mean=source.mean, std=source.std)
     module = source.module if source.module is not None else OnnxModule(source.path)
-    if any(parameter.is_meta for parameter in module.parameters()):
+    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
         raise MicronetError(f"{source.name}: its weights are untrained: there is nothing to measure")
     device = pick_device(device if source.path is None else "cpu")
     with no_grad():

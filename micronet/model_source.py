@@ -104,17 +104,19 @@ def open_model(
         return ModelSource(name=type(model).__name__, input_size=size or DEFAULT_SIZE, module=model, masks=masks)
     name = fspath(model)
     if name.partition(":")[0] in ("timm", "torchvision", "micronet"):
+        if arch or trust:
+            raise MicronetError(f"{name}: is no file: --arch and --trust say how to read one")
         module, own = build_named(name)
         return ModelSource(name=name, input_size=size or own, module=module, masks={})
-    if name.endswith(".onnx"):
+    if name.lower().endswith(".onnx"):
         return ModelSource(name=name, input_size=size, path=Path(name))
     if arch is not None:
-        module, own = build_named(arch)
+        module, own = build_named(arch, with_weights=True)
         return _state_dict(Path(name), module, size or own)
-    if trust:
-        return _pickled(Path(name), size)
-    from micronet.bundle import load
+    from micronet.bundle import is_bundle, load
 
+    if trust and not is_bundle(name):
+        return _pickled(Path(name), size)
     return of_bundle(load(model, factory=factory), name, size)
 
 
@@ -131,11 +133,12 @@ def of_bundle(bundle: "Bundle", name: str, input_size: tuple[Any, ...] | None = 
     )
 
 
-def build_named(spec: str) -> "tuple[nn.Module, tuple[int, int, int]]":
+def build_named(spec: str, *, with_weights: bool = False) -> "tuple[nn.Module, tuple[int, int, int]]":
     """Build an untrained network by name, without memory for its weights where that is possible.
 
     Args:
         spec: `timm:NAME`, `torchvision:NAME` or `micronet:NAME`, with arguments after commas.
+        with_weights: Whether to give it memory all the same.
 
     Returns:
         The network, in eval mode; the image size that it is made for, `(C, H, W)`.
@@ -146,15 +149,15 @@ def build_named(spec: str) -> "tuple[nn.Module, tuple[int, int, int]]":
     import torch
 
     package, _, rest = spec.partition(":")
-    name, *pairs = rest.split(",")
+    name, _, arguments = rest.partition(",")
     build = {"timm": _timm, "torchvision": _torchvision, "micronet": _micronet}.get(package)
     if build is None or not name:
         raise MicronetError(f"{spec}: a network is named timm:NAME, torchvision:NAME or micronet:NAME")
-    kwargs = dict(_argument(spec, pair) for pair in pairs)
+    kwargs = _arguments(spec, arguments)
     factory, size = build(spec, name)
     try:
         try:
-            with torch.device("meta"):
+            with torch.device("cpu" if with_weights else "meta"), torch.random.fork_rng(devices=[]):
                 module = factory(**kwargs)
         except (RuntimeError, NotImplementedError):  # it computes with its weights while it is built
             with torch.random.fork_rng(devices=[]):
@@ -164,14 +167,22 @@ def build_named(spec: str) -> "tuple[nn.Module, tuple[int, int, int]]":
     return module.eval(), size
 
 
-def _argument(spec: str, pair: str) -> tuple[str, Any]:
-    key, equals, text = pair.partition("=")
-    if not equals or not key.isidentifier():
-        raise MicronetError(f"{spec}: arguments are NAME=VALUE, got {pair!r}")
+def _arguments(spec: str, text: str) -> dict[str, Any]:
+    """Read `depth=22,widths=(1,2),block=basic` as keyword arguments: plain values, or words as text."""
+    wrong = MicronetError(f"{spec}: arguments are NAME=VALUE with commas between, got {text!r}")
     try:
-        return key, ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return key, text
+        call = ast.parse(f"f({text})", mode="eval").body
+    except SyntaxError as error:
+        raise wrong from error
+    if not isinstance(call, ast.Call) or call.args or not all(keyword.arg for keyword in call.keywords):
+        raise wrong
+    given = {}
+    for keyword in call.keywords:
+        try:
+            given[keyword.arg] = ast.literal_eval(keyword.value)
+        except ValueError:
+            given[keyword.arg] = ast.unparse(keyword.value)
+    return given
 
 
 def _timm(spec: str, name: str) -> tuple[Any, tuple[int, int, int]]:
@@ -225,11 +236,11 @@ def _torch_load(path: Path, *, weights_only: bool) -> Any:
     import torch
 
     if not path.is_file():
-        raise MicronetError(f"{path}: no such file")
+        raise MicronetError(f"{path}: {'is a folder; name a file in it' if path.is_dir() else 'no such file'}")
     try:
         return torch.load(path, map_location="cpu", weights_only=weights_only)
     except Exception as error:  # damaged bytes fail in any way, and so does what a pickle runs
-        raise MicronetError(f"{path}: can't be read: {first_line(error)[:200]}") from error
+        raise MicronetError(f"{path}: not a PyTorch file that can be read: {first_line(error)[:160]}") from error
 
 
 def _state_dict(path: Path, module: "nn.Module", size: tuple[int, ...]) -> ModelSource:

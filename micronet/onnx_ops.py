@@ -126,6 +126,15 @@ def _instance_norm(call: Call) -> Read:
     return "layer_norm", [x, scale, shift], {"size": math.prod(call.out[2:])}
 
 
+def _batch_norm(call: Call) -> Read:
+    """One in training mode takes the mean and variance of the images at hand, as an instance normalisation does."""
+    more = [name for name in call.node.output[1:] if name]
+    if call.attrs.get("training_mode", call.shapes.opset < 14 and bool(more)):  # before 14, its outputs said so
+        shape = call.shape(0)
+        return "layer_norm", call.names(0, 1, 2), {"size": math.prod(shape) // shape[1]}
+    return "batch_norm", call.names(0, 1, 2, 3, 4), {}
+
+
 def _group_norm(call: Call) -> Read:
     return "layer_norm", call.names(0, 1, 2), {"size": math.prod(call.out[1:]) // call.attrs["num_groups"]}
 
@@ -168,6 +177,11 @@ def _clip(call: Call) -> Read:
             known = call.array(index) if call.name(index) else np.array(call.attrs[attr])
             ends.append(float(known.flat[0]) if known is not None and known.size else None)
     return ("relu6", call.names(0), {}) if ends == [0, 6] else ("clamp", call.names(0), {"bounds": len(ends)})
+
+
+def _div(call: Call) -> Read:
+    """Whole numbers are divided without their remainders, so that no layer takes such a division in."""
+    return "div" if call.shapes.kind(call.name(0)) in _REALS else "floor_div", call.names(), {}
 
 
 def _power(call: Call) -> Read:
@@ -248,13 +262,13 @@ RULES: dict[str, Callable[[Call], Read]] = {
     **dict.fromkeys(("Resize", "Upsample"), _resize),
     **dict.fromkeys(("ReduceMax", "ReduceMin"), _first("amax")),
     **dict.fromkeys(("ArgMax", "ArgMin"), _first("argmax")),
-    **dict.fromkeys(("Div", "Mod"), _all("div")),
     **dict.fromkeys(("Add", "Sum"), _all("add")),
     "Attention": _attention,
-    "BatchNormalization": lambda call: ("batch_norm", call.names(0, 1, 2, 3, 4), {}),
+    "BatchNormalization": _batch_norm,
     "Ceil": _first("floor"),
     "Clip": _clip,
     "CumSum": _first("cumsum"),
+    "Div": _div,
     "Einsum": _einsum,
     "Floor": _first("floor"),
     "Gather": _gather,
@@ -263,6 +277,7 @@ RULES: dict[str, Callable[[Call], Read]] = {
     "InstanceNormalization": _instance_norm,
     "Max": _all("maximum"),
     "Min": _all("minimum"),
+    "Mod": _all("remainder"),
     "Mul": _all("mul"),
     "PRelu": _all("prelu"),
     "Pow": _power,

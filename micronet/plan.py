@@ -15,6 +15,7 @@ from callbacks.expected import Expected, declared, follow, narrowed, requantised
 from callbacks.ledger import Ledger, UnknownOperation, build
 from micronet import bundle as bundles
 from micronet.bundle import Bundle
+from micronet.counting import Assume
 from micronet.data import Data
 from micronet.errors import MicronetError
 from micronet.factories import describe_factory
@@ -24,7 +25,7 @@ from micronet.model_source import open_model
 from micronet.plan_checks import Finding, check_data, check_stage, one_line
 from micronet.plan_time import Timing, busy, time_fit
 from micronet.recipe import Fit, Recipe, blaming, describe
-from micronet.rules import Assume, Rules, official
+from micronet.rules import Rules, official
 from micronet.score import Score, tally
 
 
@@ -251,12 +252,12 @@ class _Planner:
 
     def _score(self, expected: Expected) -> Score:
         ledger, assume = narrowed(self.ledger, expected.ratio), Assume()
-        if self.rules.name != "seed":  # which know neither sparsity nor bits
+        if self.rules.options():  # others know neither sparsity nor bits
             weight, act = expected.weight_bits, expected.act_bits
             assume = Assume(bits=weight if weight == act else None, sparsity=expected.sparsity)
             if weight != act:
                 ledger = requantised(ledger, weight, act)
-        return tally(type(self.model).__name__, ledger, self.data.input_size, self.rules, assume)
+        return tally(type(self.model).__name__, ledger, self.rules, assume)
 
     def _file_bytes(self, expected: Expected, ledger: Ledger) -> int:
         """What a file of the network takes: one is written and removed; removed channels shorten its tensors."""
@@ -294,6 +295,6 @@ class _Planner:
             notes.append("times are those of the whole network: fewer channels will be faster")
         if any(one.weight_bits for one in expected):
             notes.append("files are those of 32-bit weights: packed, a network takes its storage")
-        if self.rules.name == "seed" and any(one.sparsity or one.weight_bits or one.act_bits for one in expected):
-            notes.append("the seed rules know no bits and no sparsity: counted as if there were none")
+        if not self.rules.options() and any(one.sparsity or one.weight_bits or one.act_bits for one in expected):
+            notes.append(f"the {self.rules.name} rules know no bits and no sparsity: counted as if there were none")
         return notes

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from callbacks.ledger import WEIGHTED, Array, Ledger, Line
-from callbacks.seed import CIFAR100_OPS, CIFAR100_PARAMS, SEED_ADD_WEIGHT, SEED_MULT_WEIGHT, seed_cost
+from callbacks.ledger import Ledger
+from callbacks.seed import CIFAR100_OPS, CIFAR100_PARAMS
+from micronet.counting import Assume, Tally, count_imt, count_imt_profile, count_official, count_seed
 
 # What MobileNetV2-1.4 has at 32 bits; WideResNet-28-10's are the seed's, too.
 IMAGENET_PARAMS, IMAGENET_OPS = 6.9e6, 1.17e9
-WORD = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,53 +28,6 @@ class Gate:
     data: str
     correct: int
     images: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Assume:
-    """What a model would cost if it were different: no measurement, and marked as an assumption wherever it is shown.
-
-    Args:
-        bits: Width of all weights, constants and activations, 1 to 32.
-        acc: Width of all accumulators, 1 to 32.
-        sparsity: Share of every convolution's and linear layer's weights that is zero, in [0, 1).
-    """
-
-    bits: int | None = None
-    acc: int | None = None
-    sparsity: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("bits", "acc"):
-            value = getattr(self, name)
-            if value is not None and not 1 <= value <= WORD:
-                raise ValueError(f"{name} must be a width from 1 to {WORD}, got {value!r}")
-        if self.sparsity is not None and not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity must be a fraction in [0, 1), got {self.sparsity!r}")
-
-    def __bool__(self) -> bool:
-        return (self.bits, self.acc, self.sparsity) != (None, None, None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tally:
-    """A ledger as one set of rules counts it.
-
-    Args:
-        lines: Its lines, with the multiplications, additions and operations that the rules count.
-        params: Numbers that count as parameters.
-        storage: 32-bit words that they take.
-        score_params: The parameters' part of the score.
-        score_ops: The operations' part.
-        notes: What the rules decided here, in sentences.
-    """
-
-    lines: tuple[Line, ...]
-    params: int
-    storage: float
-    score_params: float
-    score_ops: float
-    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,211 +70,16 @@ class Rules:
 
     def options(self) -> dict[str, Any]:
         """What was chosen within these rules, as plain values."""
-        asked = ("ps", "pu", "qw", "qa") if self.count is _imt else ()
+        asked = ("ps", "pu", "qw", "qa") if self.count is count_imt else ()
         names = asked or ("freebie", "max_pool", "free_batch_norm", "int_acc_bits", "adder_tree")
-        return {} if self.count in (_seed, _imt_profile) else {name: getattr(self, name) for name in names}
-
-
-def stored_bits(array: Array, bits: int, assume: Assume) -> tuple[float, float]:
-    """What an array takes in a file, and the share of it that is kept.
-
-    A tensor is sparse where a mask declares it so; where nothing can declare it, where mask and values are smaller than
-    all values. A mask takes one bit for each element.
-
-    Args:
-        array: The array.
-        bits: Width of one value.
-        assume: An assumed sparsity holds for weights.
-
-    Returns:
-        Bits; share of the elements that are kept, 1 for a dense array.
-    """
-    if array.role == "weight" and assume.sparsity is not None:
-        density = 1 - assume.sparsity
-        return array.numel * bits * density + (array.numel if assume.sparsity > 0 else 0), density
-    if array.role != "weight" or array.nonzero is None or array.masked is False or array.nonzero == array.numel:
-        return array.numel * bits, 1.0
-    sparse = array.nonzero * bits + array.numel
-    if array.masked or sparse < array.numel * bits:
-        return sparse, array.nonzero / array.numel
-    return array.numel * bits, 1.0
-
-
-def _exact(value: float) -> float:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _tree_bits(line: Line, width: int) -> float:
-    """Bits of all additions of one output, summed by a tree: first at the products' width, a bit more each level."""
-    terms, bits = line.taps, float(width)
-    total = 0.0
-    while terms > 1:
-        total += terms // 2 * min(bits, WORD)
-        terms, bits = terms - terms // 2, bits + 1
-    return total
-
-
-def _official(ledger: Ledger, rules: Rules, assume: Assume) -> Tally:
-    lines = ledger.lines
-    quantised = bool(assume.bits and assume.bits < 16) or any(
-        bits < 16 for bits in (*(a.bits for a in ledger.arrays if a.role == "weight"), *(li.act_bits for li in lines))
-    )
-    freebie = rules.freebie and not quantised and assume.bits is None
-    notes = []
-    if freebie:
-        notes.append("16 bits for free: nothing is quantised, so numbers and multiplications count at 16 bits")
-    elif quantised and not assume.bits:
-        notes.append("no 16-bit freebie: a part of the model is quantised")
-
-    def width(bits: int) -> int:
-        return assume.bits or (min(bits, 16) if freebie else bits)
-
-    gone = {name for line in lines if line.op == "batch_norm" and rules.free_batch_norm for name in line.arrays}
-    stored = {a.name: stored_bits(a, width(a.bits), assume) for a in ledger.arrays if a.name not in gone}
-    counted = []
-    for line in lines:
-        density = stored[line.arrays[0]][1] if line.op in WEIGHTED and line.weights else 1
-        mults, adds = _official_counts(line, rules, density)
-        weight, act = width(line.weight_bits or line.act_bits), width(line.act_bits)
-        mult_bits = 1 if line.weights and weight == 1 else max(weight, act)
-        integer = line.weights > 0 and weight < 16 and act < 16
-        acc_bits = assume.acc or (rules.int_acc_bits if integer and rules.int_acc_bits else line.acc_bits)
-        add_cost = adds * acc_bits / WORD
-        if rules.adder_tree and integer and line.taps > 1 and density == 1:
-            rest = adds - (line.taps - 1) * line.outputs
-            add_cost = (_tree_bits(line, weight + act) * line.outputs + rest * WORD) / WORD
-        ops = mults * mult_bits / WORD + add_cost
-        widths = {"weight_bits": weight if line.weights else 0, "act_bits": act, "acc_bits": acc_bits}
-        counted.append(replace(line, mults=mults, adds=adds, ops=ops, **widths))
-    notes += _official_notes(ledger, rules, counted)
-    kept = [a for a in ledger.arrays if a.name not in gone]
-    storage = _exact(sum(bits for bits, _ in stored.values()) / WORD)
-    ops = sum(line.ops for line in counted)
-    return Tally(
-        lines=tuple(counted),
-        params=sum(a.numel for a in kept),
-        storage=storage,
-        score_params=storage / rules.params_norm,
-        score_ops=ops / rules.ops_norm,
-        notes=tuple(notes),
-    )
-
-
-def _official_counts(line: Line, rules: Rules, density: float) -> tuple[float, float]:
-    if line.op == "batch_norm" and rules.free_batch_norm:
-        return 0, 0
-    mults = line.mults
-    if density != 1:
-        exact = line.mults * (line.nonzero or 0)
-        # Whole weights at whole positions: an integer, wherever the density is a count.
-        known = line.nonzero is not None and density == line.nonzero / line.weights and exact % line.weights == 0
-        mults = exact // line.weights if known else line.mults * density
-    adds = line.adds - (line.mults - mults)
-    return mults + (line.comparisons if rules.max_pool else 0), adds
-
-
-def _official_notes(ledger: Ledger, rules: Rules, counted: list[Line]) -> list[str]:
-    notes = []
-    if any(line.comparisons for line in ledger.lines):
-        notes.append(f"max pooling is {'counted: k*k - 1 comparisons' if rules.max_pool else 'not counted'}")
-    left = sum(line.op == "batch_norm" and not line.folded for line in ledger.lines)
-    if left:
-        cost = "cost nothing" if rules.free_batch_norm else "count: 1 multiplication, 1 addition, 2 numbers a channel"
-        notes.append(f"{left} BatchNorm(s) that cannot be folded {cost}")
-    if rules.int_acc_bits:
-        notes.append(
-            f"integer sums in {rules.int_acc_bits}-bit accumulators, as you state: nothing in a file proves it"
-        )
-    if rules.adder_tree:
-        notes.append("integer sums by an adder tree, as you state")
-    if any(line.adds < 0 for line in counted):
-        notes.append("additions below zero where fewer than one tap is left: the published formula does that")
-    return notes
-
-
-def _seed(ledger: Ledger, rules: Rules, assume: Assume) -> Tally:
-    if assume:
-        raise ValueError("the seed rules know no bits and no sparsity: nothing to assume")
-    params, notes = _all_params(ledger)
-    costs = [seed_cost(line) for line in ledger.lines]
-    lines = tuple(
-        replace(line, mults=mults, adds=adds, ops=SEED_MULT_WEIGHT * mults + SEED_ADD_WEIGHT * adds)
-        for line, (mults, adds) in zip(ledger.lines, costs, strict=True)
-    )
-    return Tally(
-        lines=lines,
-        params=params,
-        storage=params,
-        score_params=params / rules.params_norm,
-        score_ops=sum(line.ops for line in lines) / rules.ops_norm,
-        notes=notes,
-    )
-
-
-def _all_params(ledger: Ledger) -> tuple[int, tuple[str, ...]]:
-    if ledger.params is not None:
-        return ledger.params, ()
-    count = sum(array.numel for array in ledger.arrays)
-    return count, ("parameters are those of the deployed form: the file does not say what was trained",)
-
-
-def _imt(ledger: Ledger, rules: Rules, assume: Assume) -> Tally:
-    params, notes = _all_params(ledger)
-    weights = [array for array in ledger.arrays if array.role == "weight"]
-    total = sum(array.numel for array in weights)
-    masked = sum(
-        a.numel - a.nonzero for a in weights if a.nonzero is not None and stored_bits(a, a.bits, assume)[1] < 1
-    )
-    pu = rules.pu if rules.pu is not None else assume.sparsity or (masked / total if total else 0.0)
-    qw = rules.qw or assume.bits or max((array.bits for array in weights), default=WORD)
-    qa = rules.qa or assume.bits or max((line.act_bits for line in ledger.lines), default=WORD)
-    if rules.ps + pu > 1:
-        raise ValueError(f"ps + pu must be a share of the weights, at most 1, got {rules.ps} + {pu}")
-    said = [f"ps={rules.ps:g}, pu={pu:g}, qw={qw}, qa={qa}, w={params:,}, f={sum(li.macs for li in ledger.lines):,}"]
-    if rules.ps:
-        said.append("w and f of a pruned network are already smaller: (1 - ps) counts the same pruning twice")
-    lines = tuple(
-        replace(line, mults=line.macs, adds=line.macs, ops=(1 - rules.ps) * max(qw, qa) / WORD * line.macs)
-        for line in ledger.lines
-    )
-    storage = (1 - (rules.ps + pu)) * qw / WORD * params
-    return Tally(
-        lines=lines,
-        params=params,
-        storage=_exact(storage),
-        score_params=storage / rules.params_norm,
-        score_ops=(1 - rules.ps) * max(qw, qa) / WORD * sum(li.macs for li in ledger.lines) / rules.ops_norm,
-        notes=(*notes, *said),
-    )
-
-
-def _imt_profile(ledger: Ledger, rules: Rules, assume: Assume) -> Tally:
-    if assume:
-        raise ValueError("the imt-profile rules know no bits and no sparsity: nothing to assume")
-    params, notes = _all_params(ledger)
-    lines = []
-    for line in ledger.lines:
-        mults, adds = seed_cost(line) if line.op in ("conv2d", "conv_transpose2d", "linear") else (0, 0)
-        if line.op == "batch_norm":
-            adds = 3 * line.outputs
-        elif line.op == "relu" and line.module == "ReLU":  # a hook sees modules only
-            adds = line.outputs
-        lines.append(replace(line, mults=mults, adds=adds, ops=mults / 2 + adds))
-    return Tally(
-        lines=tuple(lines),
-        params=params,
-        storage=params / 2,
-        score_params=params / 2 / rules.params_norm,
-        score_ops=sum(line.ops for line in lines) / rules.ops_norm,
-        notes=notes,
-    )
+        return {} if self.count in (count_seed, count_imt_profile) else {name: getattr(self, name) for name in names}
 
 
 official = Rules(
     name="official",
     params_norm=CIFAR100_PARAMS,
     ops_norm=CIFAR100_OPS,
-    count=_official,
+    count=count_official,
     source="MicroNet Challenge, final rules of 2019-09-04: https://micronet-challenge.github.io/scoring_and_submission",
     gate=Gate(data="cifar100", correct=8_000, images=10_000),
 )
@@ -347,7 +105,7 @@ seed = Rules(
     name="seed",
     params_norm=CIFAR100_PARAMS,
     ops_norm=CIFAR100_OPS,
-    count=_seed,
+    count=count_seed,
     source="the fastai entry to the MicroNet Challenge 2019, write-up of 2019-10-08",
     gate=Gate(data="cifar100", correct=8_000, images=10_000),
 )
@@ -363,7 +121,7 @@ imt = Rules(
     name="imt",
     params_norm=5.6e6,
     ops_norm=8.3e8,
-    count=_imt,
+    count=count_imt,
     source="a course on embedded systems: (1-(ps+pu)) qw/32 w/5.6e6 + (1-ps) max(qw,qa)/32 f/8.3e8",
     gate=Gate(data="cifar10", correct=9_000, images=10_000),
 )
@@ -378,7 +136,7 @@ imt_small = replace(imt, name="imt-2.8e8", ops_norm=2.8e8, source=imt.source.rep
 imt_profile = replace(
     imt,
     name="imt-profile",
-    count=_imt_profile,
+    count=count_imt_profile,
     source="the same course's counting script: all parameters and multiplications at 16 bits",
 )
 """The course's own script: half of all parameters; mults / 2 + adds of convolutions and linear layers.

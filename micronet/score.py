@@ -6,8 +6,9 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from callbacks.ledger import Array, Ledger, Line
+from micronet.counting import Assume, Tally
 from micronet.errors import MicronetError
-from micronet.rules import Assume, Rules, Tally, official
+from micronet.rules import Rules, official
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,7 +35,6 @@ class Score:
 
     Args:
         model: Path of the model, or the name of its class.
-        input_size: **Shape** of the image, `(C, H, W)`.
         ledger: What it computes and stores, whoever counts.
         rules: Who counted.
         tally: The ledger as these rules count it.
@@ -43,12 +43,16 @@ class Score:
     """
 
     model: str
-    input_size: tuple[int, ...]
     ledger: Ledger
     rules: Rules
     tally: Tally
     assume: Assume = field(default_factory=Assume)
     accuracy: Accuracy | None = None
+
+    @property
+    def input_size(self) -> tuple[Any, ...]:
+        """**Shape** of the image, `(C, H, W)`, or of each input where there are several."""
+        return self.ledger.input_size
 
     @property
     def lines(self) -> tuple[Line, ...]:
@@ -136,7 +140,8 @@ class Score:
         gate = self.rules.gate
         asked = f"{gate.correct:,} of {gate.images:,} on {gate.data}"
         if self.accuracy is None:
-            return f"not qualified: accuracy unknown ({asked} are asked; --data {gate.data} measures it)"
+            trained = ":" not in self.model and gate.data in ("cifar10", "cifar100")
+            return f"not qualified: accuracy unknown ({asked} are asked{f'; --data {gate.data} measures it' * trained})"
         got = f"{self.accuracy.correct:,} of {self.accuracy.images:,} correct on {self.accuracy.data}"
         if self.accuracy.data != f"{gate.data} test" or self.accuracy.images != gate.images:
             return f"{got}: not qualified, the rules ask for {asked} test"
@@ -168,7 +173,6 @@ def _plain(record: Line | Array) -> dict[str, Any]:
 def tally(
     model: str,
     ledger: Ledger,
-    input_size: Sequence[int],
     rules: Rules,
     assume: Assume | None = None,
     accuracy: Accuracy | None = None,
@@ -178,7 +182,6 @@ def tally(
     Args:
         model: What to call it.
         ledger: What it computes and stores.
-        input_size: **Shape** of the image, `(C, H, W)`.
         rules: Who counts.
         assume: What to take for granted.
         accuracy: What was measured.
@@ -193,7 +196,6 @@ def tally(
         raise MicronetError(f"{model}: {error}") from error
     return Score(
         model=model,
-        input_size=tuple(input_size),
         ledger=ledger,
         rules=rules,
         tally=counted,
@@ -229,4 +231,4 @@ def score(
     from micronet.model_source import open_model
 
     source = open_model(model, input_size=input_size, masks=masks)
-    return tally(source.name, source.ledger(allow_unknown=allow_unknown), source.input_size, rules, assume)
+    return tally(source.name, source.ledger(allow_unknown=allow_unknown), rules, assume)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from callbacks.ledger import Array, Line
-from micronet.rules import stored_bits
+from callbacks.op_formulas import FORMULAS
 from micronet.score import Score
 
 Row = tuple[str, ...]
@@ -78,10 +78,22 @@ def summary(score: Score) -> str:
         f"      = {score.score_params:.7f} + {score.score_ops:.7f} = {score.score:.7f}"
         + (" (an assumption)" if score.assume else ""),
     ]
-    lines += [f"- {note}" for note in score.tally.notes]
+    return "\n".join([*lines, *_footer(score), score.verdict])
+
+
+def footer(scores: Sequence[Score]) -> str:
+    """What was decided, assumed, left uncounted and measured, once for all scores of a table: lines of text."""
+    said = [line for score in scores for line in _footer(score)]
+    if scores[0].assume:
+        said.insert(0, f"assumed, not measured: {_assumed(scores[0])}")
+    return "\n".join(dict.fromkeys([*said, *(f"{one.model}, {one.rules.name}: {one.verdict}" for one in scores)]))
+
+
+def _footer(score: Score) -> list[str]:
+    lines = [f"- {note}" for note in score.tally.notes]
     if score.uncounted:
         lines.append(f"- UNCOUNTED, so that the score is too low: {', '.join(score.uncounted)}")
-    return "\n".join([*lines, score.verdict])
+    return lines
 
 
 def _assumed(score: Score) -> str:
@@ -90,16 +102,18 @@ def _assumed(score: Score) -> str:
 
 _CSV = ["name", "op", "module", "in_shape", "out_shape", "taps", "weights", "nonzero", "constants", "mults", "adds"]
 _CSV += ["ops", "macs", "weight_bits", "act_bits", "acc_bits", "folded", "live_bytes"]
+_ALSO = ["rules", "assumed", "has_rule"]
 
 
 def to_csv(score: Score) -> str:
     """The ledger's lines as the rules count them, a row each, folded ones too."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_CSV)
+    writer.writerow([*_CSV, *_ALSO])
     for line in score.lines:
-        values = (getattr(line, name) for name in _CSV)
-        writer.writerow([_by(value) if isinstance(value, tuple) else value for value in values])
+        values = [getattr(line, name) for name in _CSV]
+        also = [score.rules.name, _assumed(score), line.op in FORMULAS]
+        writer.writerow([_by(value) if isinstance(value, tuple) else value for value in values + also])
     return text.getvalue()
 
 
@@ -122,7 +136,7 @@ def to_markdown(score: Score) -> str:
                     _by(line.in_shape),
                     _by(line.out_shape),
                     _n(line.weights),
-                    _n(line.weights if line.nonzero is None else line.nonzero),
+                    _n(_kept(line, score)),
                     _n(line.mults),
                     _n(line.adds),
                     _n(line.ops),
@@ -132,7 +146,7 @@ def to_markdown(score: Score) -> str:
             ],
         ),
         "## Stored arrays",
-        _markdown(("array", "role", "shape", "elements", "kept"), [_array_row(array) for array in score.arrays]),
+        _markdown(("array", "role", "shape", "elements", "kept", "words"), _array_rows(score)),
         "## Totals",
         _markdown(
             ("", "value"),
@@ -169,9 +183,25 @@ def _assumptions(score: Score) -> list[str]:
     return notes
 
 
-def _array_row(array: Array) -> Row:
-    kept = "all" if array.nonzero in (None, array.numel) else f"{array.nonzero:,} ({array.nonzero / array.numel:.1%})"
-    return array.name, array.role, _by(array.shape), f"{array.numel:,} x {array.bits} bits", kept
+def _kept(line: Line, score: Score) -> float:
+    """How many of a line's weights the rules count."""
+    stored = score.tally.stored.get(line.weight_array) if line.weight_array else None
+    if stored is None or stored.density == 1:
+        return line.weights
+    return round(line.weights * stored.density, 3) if score.assume.sparsity else line.nonzero
+
+
+def _array_rows(score: Score) -> list[Row]:
+    rows = []
+    for array in score.arrays:
+        if score.tally.stored and array.name not in score.tally.stored:
+            continue  # free by these rules
+        stored = score.tally.stored.get(array.name)
+        bits, density = (stored.bits, stored.density) if stored else (array.bits, 1)
+        kept = "all" if density == 1 else f"{density:.1%} and a mask"
+        words = _n(round(stored.words, 3)) if stored else "-"
+        rows.append((array.name, array.role, _by(array.shape), f"{array.numel:,} x {bits} bits", kept, words))
+    return rows
 
 
 def _markdown(head: Row, rows: Sequence[Row]) -> str:
@@ -187,26 +217,30 @@ def explain(score: Score) -> list[str]:
 
 def _explained(line: Line, score: Score, held: dict[str, Array]) -> str:
     head = f"{line.name} ({line.op}): {_by(line.in_shape)} -> {_by(line.out_shape)}. "
-    if line.folded:
-        return head + f"Folded into {line.folded}, whose output nothing else reads: no operations, one bias a channel."
+    if line.op not in FORMULAS:
+        return head + "UNCOUNTED: no rule says what it costs."
     if not (line.mults or line.adds or line.arrays):
-        return head + f"The {score.rules.name} rules do not count it."
-    said = [_why(line)]
-    if line.nonzero is not None and line.weights and line.mults < line.macs:
-        said.append(f"{line.nonzero:,} of {line.weights:,} weights are kept, so {_n(line.mults)} products are left.")
+        into = f"Folded into {line.folded}, whose output nothing else reads: no operations, " if line.folded else ""
+        return head + (f"{into}one bias a channel." if into else f"The {score.rules.name} rules do not count it.")
+    said = [_why(line, score)]
+    if _kept(line, score) != line.weights:
+        said.append(
+            f"{_n(_kept(line, score))} of {line.weights:,} weights are kept: {_n(line.mults)} products are left."
+        )
     said.append(f"{_n(line.mults)} multiplications and {_n(line.adds)} additions weigh {_n(line.ops)} operations.")
     for name in line.arrays:
-        array = held[name]
-        bits, density = stored_bits(array, array.bits, score.assume)
-        how = f"sparse, {density:.1%} kept and a mask" if density < 1 else "dense"
-        said.append(
-            f"Stores {name} ({array.role}, {_by(array.shape)}, {array.bits} bits, {how}: {bits / 32:,.2f} words)."
-        )
+        stored, array = score.tally.stored.get(name), held[name]
+        if stored:
+            how = f"sparse, {stored.density:.1%} kept and a mask" if stored.density < 1 else "dense"
+            what = f"{array.role}, {_by(array.shape)}, {stored.bits} bits, {how}"
+            said.append(f"Stores {name} ({what}: {_n(round(stored.words, 3))} words).")
     return head + " ".join(said)
 
 
-def _why(line: Line) -> str:
+def _why(line: Line, score: Score) -> str:
     n = line.outputs
+    if not score.tally.stored:  # rules of their own, which their docstring states
+        return f"By the {score.rules.name} rules, {line.taps:,} taps for each of {n:,} outputs." if line.taps else ""
     if line.op in ("conv2d", "conv_transpose2d", "linear", "bilinear", "matmul", "einsum"):
         bias = {
             (False, False): "without a bias",
@@ -214,7 +248,7 @@ def _why(line: Line) -> str:
             (False, True): "and 1 for the bias that folding gave it",
         }[line.own_bias, line.bias]
         return f"{line.taps:,} products for each of {n:,} outputs, summed by one addition less each {bias}."
-    if line.op == "global_avg_pool" or line.op == "avg_pool":
+    if line.op in ("global_avg_pool", "avg_pool"):
         return f"{line.taps:,} terms for each of {n:,} outputs: one addition less each, and one division."
     if line.op == "max_pool":
         return f"{line.comparisons:,} comparisons, which count only if asked for."

@@ -56,7 +56,7 @@ def test_a_ratio_gives_what_the_narrower_network_has(ratio):
     for name in ("params", "peak_bytes"):
         assert getattr(guessed, name) == pytest.approx(getattr(narrow, name), rel=0.02)
     for rules in RULES.values():
-        counts = [tally("", ledger, SIZE, rules) for ledger in (guessed, narrow)]
+        counts = [tally("", ledger, rules) for ledger in (guessed, narrow)]
         for name in ("params", "storage", "mults", "adds", "macs", "ops"):
             assert getattr(counts[0], name) == pytest.approx(getattr(counts[1], name), rel=0.005)
     assert narrowed(whole, 0.0) is whole
@@ -68,7 +68,7 @@ def test_half_the_channels_of_every_network(name):
     with torch.device("meta"):
         whole = open_model(factory(num_classes=10, **kwargs), input_size=SIZE).ledger()
     half = narrowed(whole, 0.5)
-    whole, half = (tally("", ledger, SIZE, RULES["official"]) for ledger in (whole, half))
+    whole, half = (tally("", ledger, RULES["official"]) for ledger in (whole, half))
     # A quarter of what lies between two layers, half of what the image and the classes hold on to.
     for total in ("storage", "mults", "adds", "macs", "ops"):
         assert 0.24 < getattr(half, total) / getattr(whole, total) < 0.4

@@ -60,6 +60,18 @@ FOLDING = {
         lambda s, x: s.bn(s.a(x.flatten(2)).flatten(0, 1)),
         {"a": nn.Linear(64, 5), "bn": nn.BatchNorm1d(5)},
     ),
+    "several channels to one": (
+        lambda s, x: s.bn(s.a(x.flatten(1)).unflatten(1, (4, 3, 3))),
+        {"a": nn.Linear(256, 36), "bn": nn.BatchNorm2d(4)},
+    ),
+    "one channel, a batch axis of one": (
+        lambda s, x: s.bn(s.a(x).view(1, 1, 8, 8)),
+        {"a": conv(c=1), "bn": nn.BatchNorm2d(1)},
+    ),
+    "instance norm with statistics of its own": (
+        lambda s, x: s.bn(s.a(x)),
+        {"a": conv(), "bn": nn.InstanceNorm2d(4, affine=True, track_running_stats=True)},
+    ),
     "transposed": (lambda s, x: s.bn(s.a(x)), {"a": nn.ConvTranspose2d(4, 6, 3), "bn": nn.BatchNorm2d(6)}),
     "dropout between": (lambda s, x: s.bn(F.dropout(s.a(x), 0.5, s.training)), {"a": conv(), "bn": nn.BatchNorm2d(4)}),
     "constant factor": (lambda s, x: s.a(x) * 0.2, {"a": conv()}),
@@ -76,7 +88,17 @@ STAYING = {
         lambda s, x: s.bn(s.a(x.flatten(2)).permute(0, 1, 2)),
         {"a": nn.Linear(64, 4), "bn": nn.BatchNorm1d(4)},
     ),
-    "channels mixed by a view": (lambda s, x: s.bn(s.a(x).view(1, 2, 16, 8)), {"a": conv(), "bn": nn.BatchNorm2d(2)}),
+    "channels cut by a view": (lambda s, x: s.bn(s.a(x).view(1, 8, 4, 8)), {"a": conv(), "bn": nn.BatchNorm2d(8)}),
+    "channels mixed by a view": (
+        lambda s, x: s.bn(s.a(x).view(1, 2, 2, 64).transpose(1, 2).reshape(1, 4, 8, 8)),
+        {"a": conv(), "bn": nn.BatchNorm2d(4)},
+    ),
+    "a bias made from the image": (
+        lambda s, x: s.bn(F.conv2d(x, s.w, x.mean((2, 3)).view(4))),
+        {"w": nn.Parameter(torch.ones(4, 4, 3, 3)), "bn": nn.BatchNorm2d(4)},
+    ),
+    "division without rest": (lambda s, x: s.a(x) // 2, {"a": conv()}),
+    "rest of a division": (lambda s, x: s.a(x) % 2, {"a": conv()}),
     "conv is an output, too": (lambda s, x: (y := s.a(x), s.bn(y)), {"a": conv(), "bn": nn.BatchNorm2d(4)}),
     "factor for each pixel": (lambda s, x: s.a(x) * s.g, {"a": conv(), "g": nn.Parameter(torch.ones(8, 8))}),
     "constant less layer": (lambda s, x: 1 - s.a(x), {"a": conv()}),
@@ -196,6 +218,32 @@ def test_shapes_taken_from_another_tensor_do_not_hinder_folding():
     made = ledger_of(lambda s, x: x + x.new_zeros(8) + torch.addcmul(x, x, x) + torch.addcmul(x, x, x, value=2))
     assert not made.arrays
     assert sum(line.mults for line in made.lines) == 256 + 512
+
+
+def test_a_batch_norm_on_the_images_own_statistics_is_computed():
+    ledger = ledger_of(lambda s, x: s.bn(s.a(x)), a=conv(), bn=nn.BatchNorm2d(4, track_running_stats=False))
+    line = ledger.lines[1]
+    assert (line.op, line.folded) == ("layer_norm", None)
+    assert line.mults == 3 * 256 + 4 * 4
+    assert [(array.role, array.numel) for array in ledger.arrays] == [("weight", 144), ("constant", 4), ("constant", 4)]
+
+
+def test_what_only_moves_numbers_takes_memory():
+    # Image of 4x8x8 floats: 1,024 bytes.
+    for forward, alive in (
+        (lambda s, x: torch.cat([x] * 8, 1), 1024 + 8192),
+        (lambda s, x: F.pad(x, (8, 8, 8, 8)), 1024 + 4 * 24 * 24 * 4),
+        (lambda s, x: F.interpolate(x, scale_factor=4), 1024 + 16 * 1024),
+        (lambda s, x: torch.where(x > 0, x, -x), 1024 + 256 + 1024 + 1024),  # a truth value takes a byte
+    ):
+        assert ledger_of(forward).peak_bytes == alive
+
+
+def test_a_result_that_no_image_changes_is_stored():
+    ledger = ledger_of(lambda s, x: (x * 2, s.table + 0), table=nn.Parameter(torch.randn(3)))
+    assert [array.numel for array in ledger.arrays] == [3]
+    dead = ledger_of(lambda s, x: (s.spare(x).relu_(), s.a(x))[1], a=conv(), spare=nn.Conv2d(4, 9, 3))
+    assert [line.name for line in dead.lines] == ["a"]
 
 
 def test_several_inputs_and_networks_without_convolutions():
@@ -367,7 +415,7 @@ def test_random_networks_cost_what_computing_them_number_by_number_costs(drawn):
     Counted.mults = Counted.adds = 0
     with torch.no_grad():
         logits = computed([[[Counted(v) for v in row] for row in channel] for channel in image[0].tolist()], *drawn[1:])
-    result = tally("drawn", build(trace(net, shape)), shape, official)
+    result = tally("drawn", build(trace(net, shape)), official)
     assert (result.mults, result.adds) == (Counted.mults, Counted.adds)
     # What was computed is what the network computes, so that the right thing was counted.
     torch.testing.assert_close(torch.tensor([[n.value for n in logits]]), net(image).detach(), rtol=1e-4, atol=1e-4)

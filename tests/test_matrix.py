@@ -25,7 +25,7 @@ CROSS_SECTION = (
 # Families with an operation that has no rule, and that operation.
 WITHOUT_RULE = {"sequencer": "lstm"}
 # Layers that are fed by constants alone, such as a position encoding that runs through layers of its own: we fold them.
-FED_BY_CONSTANTS = ("edgenext", "xcit", "convit", "swinv2", "swin_v2", "naflexvit", "gemma4")
+FED_BY_CONSTANTS = ("edgenext", "xcit", "convit", "swinv2", "swin_v2", "naflexvit", "gemma4", "vit_relpos")
 # Why else fvcore's figure may differ: none of these is a product of a convolution or a linear layer that it counts.
 OTHER_REASONS = (
     "also counts .*",  # its figure has normalisation and pooling in it

@@ -3,12 +3,19 @@
 import csv
 import io
 import json
+import re
+import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from onnx_graphs import node, ones
+from onnx_graphs import save as save_graph
+from test_score import Odd
 from torch import nn
 from typer.testing import CliRunner
 
@@ -19,6 +26,7 @@ from micronet.factories import describe_factory
 from micronet.model_source import open_model
 from micronet.models import resnet20
 from micronet.score import score
+from micronet.score_report import footer, summary, to_csv
 
 COMMITTED = Path(__file__).parent / "data" / "resnet20_cifar10.pth"
 
@@ -82,6 +90,7 @@ def test_a_plain_state_dict_needs_its_network(tmp_path, call):
         ("micronet:resnet21", "no such network; near it: .*resnet20"),
         ("resnet20", "timm:NAME, torchvision:NAME or micronet:NAME"),
         ("micronet:resnet20,7", "arguments are NAME=VALUE"),
+        ("micronet:resnet20,a=(1,", "arguments are NAME=VALUE"),
         ("micronet:resnet20,depth=7", "can't be built"),
         ("timm:resnet1", "timm has no such network"),
         ("torchvision:resnet1", "torchvision has no such classifier"),
@@ -97,8 +106,12 @@ def test_untrained_networks_by_name_are_dense_and_bring_their_size():
     result = score("timm:mobilenetv3_small_050")
     params = sum(p.numel() for p in timm.create_model("mobilenetv3_small_050").parameters())
     assert (result.input_size, result.ledger.params) == ((3, 224, 224), params)
-    assert all(array.masked in (False, None) for array in result.arrays)
+    assert all(array.masked is False for array in result.arrays if array.name.endswith("weight"))
     assert score("torchvision:squeezenet1_1", input_size=(3, 64, 64)).input_size == (3, 64, 64)
+    tiny = "timm:convnext_atto,depths=(1,1,1,1),dims=(8,8,8,8),num_classes=2"
+    assert sum("conv_dw" in line.name for line in score(tiny, input_size=(3, 32, 32)).lines) == 4
+    with pytest.raises(MicronetError, match="--arch and --trust say how to read"):
+        open_model("timm:convnext_atto", trust=True)
     assert score("micronet:resnet20,num_classes=100").ledger.params == 272_474 + 64 * 90 + 90
 
 
@@ -159,10 +172,46 @@ def test_every_form_of_the_output_tells_the_same(call):
         assert number in every
 
 
+def test_an_onnx_file_is_scored_without_torch(tmp_path):
+    path = save_graph(tmp_path / "net.onnx", [node("Conv", "x w")], w=ones(5, 3, 3, 3))
+    code = (
+        f"import sys; sys.argv = ['micronet', 'score', {str(path)!r}, '--json']\n"
+        "import micronet.cli\n"
+        "try:\n    micronet.cli.main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    told = json.loads(run.stdout)
+    assert score(path).input_size == score(shutil.copy(path, tmp_path / "NET.ONNX")).input_size == (3, 8, 8)
+    assert (told["input"], told["totals"]["mults"]) == ([3, 8, 8], 27 * 5 * 36)
+
+
 def test_two_models_side_by_side(call, tmp_path):
     out = call("score", COMMITTED, "--against", "micronet:resnet20,num_classes=100")[1]
     assert "1.022" in out  # 271,690 + 90 * 65 numbers against 271,690
     assert "micronet:resnet20,num_classes=100" in out
+
+
+def test_the_words_of_the_explanation_are_those_of_the_score(call):
+    for options, storage in (((), 135_845), (("--assume", "bits=4,sparsity=0.5"), None), (("--no-freebie",), 271_690)):
+        words = call("score", COMMITTED, "--explain", *options)[1]
+        told = sum(float(number.replace(",", "")) for number in re.findall(r": ([\d,.]+) words\)", words))
+        total = float(re.search(r"numbers in ([\d,.]+) words", words)[1].replace(",", ""))
+        assert told == pytest.approx(total, abs=0.1)
+        assert storage in (None, total)
+        table = call("score", COMMITTED, "--markdown", *options)[1]
+        rows = re.search(r"## Stored arrays\n\n(.*?)\n\n", table, re.S)[1].splitlines()[2:]
+        assert sum(float(row.split("|")[-2].replace(",", "")) for row in rows) == pytest.approx(total, abs=0.1)
+
+
+@pytest.mark.parametrize("form", [(), ("--csv",), ("--rules", "all"), ("--against", COMMITTED)])
+def test_what_is_uncounted_or_assumed_is_marked_in_every_form(call, form):
+    net = Odd(lambda x: torch.fft.fft(x).real)
+    status, out, _ = call("score", COMMITTED, "--assume", "bits=8", *form)
+    assert (status, "bits=8" in out) == (0, True)
+    result = score(nn.Sequential(nn.Linear(4, 4), net), input_size=(4,), allow_unknown=True)
+    text = {(): summary, ("--csv",): to_csv}.get(form, lambda one: footer([one]))(result)
+    assert "UNCOUNTED" in text or "False" in text
 
 
 def test_assumptions_are_marked(call):
@@ -179,6 +228,11 @@ def test_assumptions_are_marked(call):
         (("--assume", "bits=40"), "bits must be a width"),
         (("--input-size", "3by3"), "--input-size must be CxHxW"),
         (("--json", "--csv"), "choose one"),
+        (("--json", "--cross-check"), "choose one"),
+        (("--against", "x", "--explain"), "choose one"),
+        (("--acc", "16", "--adder-tree"), "choose one"),
+        (("--device", "cpu"), "give both"),
+        (("--assume", "bits=8,bits=4"), "given twice"),
         (("--ps", "0.3"), "have no option --ps"),
     ],
 )

@@ -42,6 +42,8 @@ VOCABULARY = [
     ("Max", "x s", {}, {"s": ones(4, 1, 1)}, "maximum", {}),
     ("Greater", "x s", {}, {"s": ones(4, 1, 1)}, "compare", {}),
     ("Pow", "x s", {}, {"s": np.float32(3)}, "pow", {"exponent": 3.0}),
+    ("Div", "x s", {}, {"s": ones(4, 1, 1)}, "div", {}),
+    ("Mod", "x s", {"fmod": 1}, {"s": ones(4, 1, 1)}, "remainder", {}),
     ("Softmax", "x", {"axis": 1}, {}, "softmax", {"size": 4}),
     ("LogSoftmax", "x", {}, {}, "log_softmax", {"size": 6}),
     ("MaxPool", "x", {"kernel_shape": [2, 2], "strides": [2, 2]}, {}, "max_pool", {"terms": 4 * 36}),
@@ -141,6 +143,52 @@ def test_what_a_network_does_not_need_is_left_out(read):
     assert ops(read(node("Relu", "x"), node("Exp", "x", "unused"))) == ["relu"]
 
 
+# What folds into the layer before it.
+
+
+def lines(graph):
+    """Each operation's name, additions and whether it was folded."""
+    return [(line.op, line.adds, line.folded is not None) for line in build(graph).lines]
+
+
+def test_a_batch_norm_in_training_mode_is_computed_of_the_image_and_folds_into_nothing(read):
+    conv, arrays = node("Conv", "x w", "h"), {"w": ones(4, 3, 1, 1), "s": random(4)}
+    norm = [conv, node("BatchNormalization", "h s s s s", "y mean var", training_mode=1)]
+    graph = read(*norm, **arrays)
+    assert ops(graph) == ["conv2d", "layer_norm"]
+    last = live(graph)[-1]
+    assert (last.attrs, len(last.inputs), last.inputs[1].names) == ({"size": 64}, 3, ("s",))
+    built = build(read(*norm, **arrays))
+    assert [line.folded for line in built.lines] == [None, None]
+    assert (built.lines[1].mults, built.lines[1].adds) == (3 * 256 + 4 * 4, 4 * 256 - 4)
+    assert ops(read(conv, node("BatchNormalization", "h s s s s", training_mode=0), **arrays))[1] == "batch_norm"
+
+
+def test_before_opset_14_a_batch_norm_with_more_outputs_is_in_training_mode(read):
+    for outputs, op in (("y", "batch_norm"), ("y mean var saved_mean saved_var", "layer_norm")):
+        assert ops(read(node("BatchNormalization", "x s s s s", outputs), opset=9, s=random(3))) == [op]
+
+
+def test_remainders_and_divisions_of_whole_numbers_fold_into_no_layer(read):
+    for op, kind, expected in (
+        ("Div", "float32", "div"),
+        ("Mod", "float32", "remainder"),
+        ("Div", "int32", "floor_div"),
+    ):
+        nodes = [node("MatMul", "x w", "h"), node(op, "h s", **({"fmod": 1} if op == "Mod" else {}))]
+        arrays = {"w": np.ones((6, 5), kind), "s": np.full(5, 3, kind)}
+        graph = read(*nodes, shape=("N", 6), kind=helper.np_dtype_to_tensor_dtype(np.dtype(kind)), **arrays)
+        assert lines(graph) == [("linear", 25, False), (expected, 0, expected == "div")]
+
+
+def test_a_gemm_whose_summand_depends_on_the_image_takes_no_factor_in(read):
+    nodes = [node("Relu", "x", "c"), node("Gemm", "x w c", "h"), node("BatchNormalization", "h s s s s")]
+    arrays = {"shape": ("N", 5), "w": ones(5, 5), "s": random(5)}
+    assert lines(read(*nodes, **arrays)) == [("relu", 0, False), ("linear", 25, False), ("batch_norm", 5, False)]
+    nodes[1] = node("Gemm", "x w s", "h")
+    assert lines(read(*nodes[1:], **arrays)) == [("linear", 25, False), ("batch_norm", 0, True)]
+
+
 # Shapes.
 
 
@@ -168,13 +216,72 @@ def test_an_open_size_comes_from_the_caller(read):
     assert "\n" not in str(told.value)
     assert read(node("Relu", "x"), shape=("N", 3, "H", "W"), size=(3, 10, 12)).outputs[0].shape == (1, 3, 10, 12)
     assert read(node("Relu", "x"), shape=("N", "H", "W", 3), size=(3, 10, 12)).outputs[0].shape == (1, 10, 12, 3)
-    with pytest.raises(MicronetError, match="takes 3 x any x any, not"):
+    with pytest.raises(MicronetError, match="takes 3 x any x any "):
         read(node("Relu", "x"), shape=("N", 3, "H", "W"), size=channels[:1] + [10, 12])
+
+
+OPEN = {"x": ("N", 3, "H", "W"), "z": ("N", 3, 1, 1)}
+COLOURS = r"3 x any x any \(channels, height, width\)"
+# Shapes of the inputs, the size that is given, what is said.
+SIZES = [
+    (OPEN["x"], None, rf"input 'x' leaves its size open; give --input-size for {COLOURS}, such as 3x224x224$"),
+    (OPEN["x"], (16, 16, 3), rf"input 'x' takes {COLOURS}, not 16x16x3; give --input-size, such as 3x224x224$"),
+    (OPEN["x"], (3, 16), rf"input 'x' takes {COLOURS}, not 3x16; "),
+    (OPEN["x"], ((3,), (16,), (16,)), rf"takes 1 input \('x': {COLOURS}\), but --input-size gives 3 sizes, 3,16,16; "),
+    (("N", "H", "W", 3), None, r"for any x any x 3 \(height, width, channels\), such as 3x224x224$"),
+    (("N", "H", "W", 5), None, r"for any x any x 5 \(height, width, channels\), such as 5x224x224$"),
+    (("N", 3, 8, 8), (3, 9, 9), r"takes 3 x 8 x 8 \(channels, height, width\), not 3x9x9; leave --input-size away$"),
+    (("N", 192), (3, 8, 8), r"takes 192, not 3x8x8; leave --input-size away$"),
+    (OPEN, None, rf"input 'x' leaves its size open; give --input-size for {COLOURS}, such as 3x224x224,3x1x1$"),
+    (OPEN, (3, 8, 8), rf"takes 2 inputs \('x': {COLOURS}, 'z': 3 x 1 x 1 .*\), but --input-size gives 1 size, 3x8x8; "),
+    (OPEN, ((3, 8, 8),) * 3, r"'z': .*gives 3 sizes, 3x8x8,3x8x8,3x8x8; give one for each, such as 3x224x224,3x1x1$"),
+    (
+        OPEN,
+        ((3, 8, 8), (3, 2, 2)),
+        r"input 'z' takes 3 x 1 x 1 .*, not 3x2x2; give --input-size, such as 3x224x224,3x1x1$",
+    ),
+]
+
+
+@pytest.mark.parametrize(("shape", "size", "told"), SIZES, ids=range(len(SIZES)))
+def test_a_size_that_does_not_fit_is_told_with_what_the_file_takes_as_the_command_line_has_it(read, shape, size, told):
+    inputs = shape if isinstance(shape, dict) else {"x": shape}
+    nodes = [node("Mul", "x z")] if "z" in inputs else [node("Relu", "x")]
+    with pytest.raises(MicronetError, match=told) as error:
+        read(*nodes, inputs=inputs, size=size)
+    assert "\n" not in str(error.value)
+
+
+def test_a_size_that_is_advised_is_one_that_fits(read):
+    for shape in (("N", 3, "H", "W"), ("N", "H", "W", 3), ("N", "H", "W", 5), ("N", "C", "H", "W"), ("N", "D"), "CHW"):
+        with pytest.raises(MicronetError) as told:
+            read(node("Relu", "x"), shape=tuple(shape))
+        advised = str(told.value).rpartition("such as ")[2]
+        assert read(node("Relu", "x"), shape=tuple(shape), size=[int(n) for n in advised.split("x")])
+
+
+def test_an_image_without_a_batch_axis_is_read_as_it_is(read):
+    for shape, size in (((3, 8, 8), None), ((3, 8, 8), (3, 8, 8)), ((3, "H", "W"), (3, 8, 8)), ("CHW", (3, 8, 8))):
+        graph = read(node("Relu", "x"), shape=tuple(shape), size=size)
+        assert (graph.outputs[0].shape, graph.input_size) == ((3, 8, 8), (3, 8, 8))
+    for size in (None, (3, 8, 6), (8, 6, 3)):  # channels last
+        assert read(node("Relu", "x"), shape=(8, 6, 3), size=size).outputs[0].shape == (8, 6, 3)
 
 
 def test_several_inputs_are_read_where_their_shapes_are_known(read):
     graph = read(node("Add", "x z"), inputs={"x": ("N", 3, 8, 8), "z": ("N", 1, 8, 8)})
     assert [value.shape for value in graph.inputs] == [(1, 3, 8, 8), (1, 1, 8, 8)]
+
+
+def test_several_sizes_go_to_the_inputs_in_their_order(read):
+    for size in (((3, 8, 8), (3, 1, 1)), [[3, 8, 8], [3, 1, 1]]):
+        graph = read(node("Mul", "x z"), inputs={"x": ("N", 3, "H", "W"), "z": ("N", "C", "h", "w")}, size=size)
+        assert (graph.input_size, graph.outputs[0].shape) == (((3, 8, 8), (3, 1, 1)), (1, 3, 8, 8))
+    graph = read(node("Mul", "x z"), inputs={"x": ("N", "H", "W", 3), "z": (3,)}, size=((3, 8, 6), (3,)))
+    assert [value.shape for value in graph.inputs] == [(1, 8, 6, 3), (3,)]
+    graph = read(node("Mul", "x z"), inputs={"x": ("N", 3, "H", "W"), "z": ()}, size=((3, 8, 8), (1,)))
+    assert [value.shape for value in graph.inputs] == [(1, 3, 8, 8), ()]
+    assert read(node("Relu", "x"), shape=("N", 3, "H", "W"), size=((3, 8, 8),)).input_size == (3, 8, 8)
 
 
 def test_arithmetic_on_shapes_is_done_here_and_is_no_operation(tmp_path):

@@ -289,8 +289,8 @@ def test_sparsity_and_bits_are_counted_as_score_counts_them():
 def test_weights_and_activations_of_other_widths():
     ledger = open_model(SMALL(num_classes=10), input_size=SIZE).ledger()
     (row,) = planned(method("quantise", weight_bits=4, act_bits=8)).stages
-    eight = tally("", requantised(ledger, 8, 8), SIZE, RULES["official"])
-    assert eight.storage == tally("", ledger, SIZE, RULES["official"], Assume(bits=8)).storage
+    eight = tally("", requantised(ledger, 8, 8), RULES["official"])
+    assert eight.storage == tally("", ledger, RULES["official"], Assume(bits=8)).storage
     assert row.score.ops == eight.ops  # the wider input decides
     weights = sum(array.numel for array in ledger.arrays if array.role == "weight")
     assert row.score.storage == eight.storage - weights * 4 / 32

@@ -14,8 +14,9 @@ from torch.nn.utils import prune
 
 from callbacks.ledger import Array, Ledger, Line, build
 from callbacks.op_trace import trace
+from micronet.counting import Assume, _tree_bits, stored_bits
 from micronet.errors import MicronetError
-from micronet.rules import RULES, Assume, imt, imt_small, official, official_imagenet, seed, stored_bits
+from micronet.rules import RULES, imt, imt_small, official, official_imagenet, seed
 from micronet.score import Accuracy, score, tally
 
 CASES = VECTORS / "oplevel_official.json"
@@ -51,9 +52,9 @@ def test_every_operation_of_the_published_counter():
         key = json.dumps([case["op"], case["args"]])
         if key not in ledgers:
             module, size = as_module(case["op"], case["args"])
-            ledgers[key] = build(trace(module, size)), size
+            ledgers[key] = build(trace(module, size))
         assume = Assume(bits=case["param_bits"], sparsity=case["sparsity"])
-        result = tally("case", *ledgers[key], official, assume)
+        result = tally("case", ledgers[key], official, assume)
         assert (result.storage * 32, result.mults, result.adds) == (
             case["storage_bits"],
             case["mults"],
@@ -79,6 +80,41 @@ def test_a_declared_mask_makes_a_tensor_sparse_in_storage_and_operations():
     assert (result.lines[0].weights, result.lines[0].nonzero) == (288, kept)
     assert dense.storage - result.storage == (288 * 16 - (kept * 16 + 288)) / 32
     assert dense.lines[0].mults == 288 * 36  # zeros that nothing declares are numbers like any other
+
+
+def test_the_mask_says_what_is_kept_and_not_the_zeros():
+    net, masks = net_and_masks()
+    everything = {"0.weight": torch.ones_like(masks["0.weight"])}
+    dense = score(net, input_size=(4, 8, 8), masks={})
+    assert score(net, input_size=(4, 8, 8), masks=everything).storage == dense.storage
+    tied = nn.Sequential(nn.Flatten(), nn.Linear(16, 16, bias=False), nn.ReLU(), nn.Linear(16, 16, bias=False))
+    tied[3].weight = tied[1].weight
+    mask = torch.rand(16, 16) < 0.5
+    for name in ("1.weight", "3.weight"):
+        lines = score(tied, input_size=(1, 4, 4), masks={name: mask}).lines
+        assert [line.mults for line in lines if line.weights] == [int(mask.sum())] * 2
+
+
+def test_truth_values_are_no_quantisation():
+    net = Run(lambda s, x: (s.a(x) > 0).sum((2, 3)), a=nn.Conv2d(4, 4, 1))
+    assert any("16 bits for free" in note for note in score(net, input_size=(4, 8, 8)).tally.notes)
+
+
+def test_weights_that_are_written_into_the_program_are_not_stored():
+    blur = Run(lambda s, x: torch.nn.functional.conv2d(x, torch.ones(4, 1, 3, 3) / 9, groups=4))
+    result = score(blur, input_size=(4, 8, 8))
+    assert (result.storage, result.mults) == (0, 9 * 4 * 36)
+
+
+def test_a_tree_never_costs_less_than_nothing():
+    rules, tree = replace(official, freebie=False), replace(official, adder_tree=True)
+    for net in (nn.ConvTranspose2d(8, 4, 4, stride=2), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, groups=8)):
+        for sparsity in (None, 0.5):
+            assume = Assume(bits=8, sparsity=sparsity)
+            flat, summed = (score(net, input_size=(8, 8, 8), rules=r, assume=assume) for r in (rules, tree))
+            assert 0 < summed.ops <= flat.ops
+    # 3.5 terms on average: half of the sums have three, half four.
+    assert _tree_bits(3.5, 16) == ((16 + 17) + (2 * 16 + 17)) / 2
 
 
 def test_torchs_own_pruning_declares_its_zeros():
@@ -127,11 +163,11 @@ def test_the_freebie_is_for_models_that_quantise_nothing():
 
     def ops(weight_bits, act_bits, **options):
         ledger = Ledger(
-            lines=(replace(line, weight_bits=weight_bits, act_bits=act_bits, macs=8, arrays=("w",)),),
+            lines=(replace(line, weight_bits=weight_bits, act_bits=act_bits, macs=8, arrays=("w",), weight_array="w"),),
             arrays=(replace(array, bits=weight_bits),),
             params=8,
         )
-        result = tally("net", ledger, (4,), replace(official, **options))
+        result = tally("net", ledger, replace(official, **options))
         return result.storage, result.ops
 
     assert ops(32, 32) == (8 / 2, 8 / 2 + 6)
@@ -177,7 +213,7 @@ def test_the_courses_formula():
         line = Line(name="a", op="conv2d", module="", in_shape=(), out_shape=(), macs=case["f"])
         rules = {8.3e8: imt, 2.8e8: imt_small}[case["ref_f"]]
         options = {key: case[key] for key in ("ps", "pu", "qw", "qa")}
-        result = tally("net", Ledger(lines=(line,), arrays=(), params=case["w"]), (1,), replace(rules, **options))
+        result = tally("net", Ledger(lines=(line,), arrays=(), params=case["w"]), replace(rules, **options))
         assert result.score == pytest.approx(case["score"], rel=1e-12)
         assert any("twice" in note for note in result.tally.notes) == bool(case["ps"])
 
@@ -188,6 +224,8 @@ def test_the_course_reads_what_is_not_given_from_the_model():
     zeros = 288 - int(masks["0.weight"].sum())
     pu = zeros / (288 + 8 * 36 * 5)
     assert result.score_params == pytest.approx((1 - pu) * sum(p.numel() for p in net.parameters()) / 5.6e6)
+    told = score(net, input_size=(4, 8, 8), rules=replace(imt, pu=0.0), masks=masks)
+    assert told.score_params > result.score_params
     with pytest.raises(MicronetError, match=r"ps \+ pu"):
         score(net, input_size=(4, 8, 8), rules=replace(imt, ps=0.7, pu=0.5))
 
