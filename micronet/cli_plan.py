@@ -22,7 +22,9 @@ def plan(
     settings: Settings = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="Plan the smoke run: every stage, on few images.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, metavar="IMAGES", help="Most images in each split.")] = None,
-    rules: Annotated[str, typer.Option(help="official, official-imagenet, seed, imt or imt-2.8e8.")] = "official",
+    rules: Annotated[
+        str, typer.Option(help="official, official-imagenet, seed, imt, imt-2.8e8 or imt-profile.")
+    ] = "official",
     time: Annotated[
         bool, typer.Option(" /--no-time", help="Don't run the few steps whose time is taken.", show_default=False)
     ] = True,

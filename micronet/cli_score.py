@@ -87,7 +87,8 @@ def score(
     ] = False,
     against: Annotated[str | None, typer.Option(metavar="OTHER", help="Put another model beside it.")] = None,
     cross_check: Annotated[
-        bool, typer.Option("--cross-check", help="Show what other counters say, and why they differ.")
+        bool,
+        typer.Option("--cross-check", help="Show what other counters say of a torch network, and why they differ."),
     ] = False,
     assume: Annotated[
         str | None, typer.Option(metavar="bits=8,acc=16,sparsity=0.5", help="What it would cost so; marked as assumed.")
@@ -216,13 +217,13 @@ def _print(scores: "list[Score]", *, json: bool, csv: bool, markdown: bool, expl
         print("\n".join((to_csv if csv else to_markdown)(score) for score in scores), end="")
     elif explain:
         for score in scores:
-            print("\n".join([*in_words(score), summary(score)]))
+            print("\n\n".join([*in_words(score), summary(score)]))
     elif len(scores) > 1:
         make_console().print(all_rules_table(scores))
         make_console().print(footer(scores), highlight=False, markup=False)
     else:
         console = make_console()
-        console.print(score_table(scores[0]))
+        console.print(score_table(scores[0], console.width))
         console.print(totals_table(scores[0]))
         console.print(summary(scores[0]), highlight=False, markup=False)
 

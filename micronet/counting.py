@@ -236,7 +236,7 @@ def count_seed(ledger: Ledger, rules: "Rules", assume: Assume) -> Tally:
 
 def _all_params(ledger: Ledger) -> tuple[int, tuple[str, ...]]:
     if ledger.params is not None:
-        return ledger.params, ()
+        return ledger.params, ("params are all parameters as trained; the lines tell of the deployed form",)
     count = sum(array.numel for array in ledger.arrays)
     return count, ("parameters are those of the deployed form: the file does not say what was trained",)
 

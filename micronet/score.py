@@ -140,12 +140,18 @@ class Score:
         gate = self.rules.gate
         asked = f"{gate.correct:,} of {gate.images:,} on {gate.data}"
         if self.accuracy is None:
-            trained = ":" not in self.model and gate.data in ("cifar10", "cifar100")
-            return f"not qualified: accuracy unknown ({asked} are asked{f'; --data {gate.data} measures it' * trained})"
+            classes = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}[gate.data]
+            logits = next((line.out_shape[-1] for line in reversed(self.lines) if line.out_shape), classes)
+            if logits != classes:
+                return f"not qualified: {asked} are asked, and this network tells {logits:,} classes apart"
+            known = ":" not in self.model and gate.data != "imagenet"
+            return f"not qualified: accuracy unknown ({asked} are asked{f'; --data {gate.data} measures it' * known})"
         got = f"{self.accuracy.correct:,} of {self.accuracy.images:,} correct on {self.accuracy.data}"
         if self.accuracy.data != f"{gate.data} test" or self.accuracy.images != gate.images:
             return f"{got}: not qualified, the rules ask for {asked} test"
-        return f"{got}: {'qualifies' if self.accuracy.correct >= gate.correct else f'does not qualify ({asked})'}"
+        return (
+            f"{got}: {'qualifies' if self.accuracy.correct >= gate.correct else 'does not qualify'} ({asked} are asked)"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Give plain lists, dicts, strings and numbers, in the form that stays the same from version to version."""

@@ -30,23 +30,35 @@ def _widths(line: Line) -> str:
     return f"{line.weight_bits}/{line.act_bits}" if line.weights else f"{line.act_bits}"
 
 
-def score_table(score: Score) -> Table:
+def score_table(score: Score, width: int = 200) -> Table:
     """Lay out a score layer by layer; lines that the rules do not count are left out.
 
     Args:
         score: what to show.
+        width: characters that the terminal has; below 150 shapes, widths and memory are left to the other forms.
     """
     table = Table(title=f"{score.model} - rules: {score.rules.name}", title_justify="left")
-    table.add_column("layer", overflow="fold")
-    table.add_column("operation")
-    columns = ("in", "out", "weights", "non-zero", "other", "mults", "adds", "ops", "bits", "alive")
+    table.add_column("layer", overflow="fold", min_width=12)
+    table.add_column("operation", overflow="fold", min_width=8)
+    columns = ["weights", "mults", "adds", "ops"]
+    if width >= 150:
+        columns = ["in", "out", "weights", "non-zero", "constants", "mults", "adds", "ops", "bits", "alive"]
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for line in _shown(score):
-        nonzero = _n(line.nonzero) if line.nonzero not in (None, line.weights) else ""
-        numbers = (_n(line.weights), nonzero, _n(line.constants), _n(line.mults), _n(line.adds), _n(line.ops))
-        alive = f"{line.live_bytes / 1024:,.0f} KiB"
-        table.add_row(line.name, line.op, _by(line.in_shape), _by(line.out_shape), *numbers, _widths(line), alive)
+        cells = {
+            "in": _by(line.in_shape),
+            "out": _by(line.out_shape),
+            "weights": _n(line.weights),
+            "non-zero": _n(line.nonzero) if line.nonzero not in (None, line.weights) else "",
+            "constants": _n(line.constants),
+            "mults": _n(line.mults),
+            "adds": _n(line.adds),
+            "ops": _n(line.ops),
+            "bits": _widths(line),
+            "alive": f"{line.live_bytes / 1024:,.0f} KiB",
+        }
+        table.add_row(line.name, line.op, *(cells[column] for column in columns))
     return table
 
 
@@ -72,8 +84,9 @@ def summary(score: Score) -> str:
     rules = score.rules
     lines = [f"assumed, not measured: {_assumed(score)}"] if score.assume else []
     lines += [
-        f"params  {score.params:,} numbers in {_n(score.storage)} words of 32 bits ({score.storage * 4 / 1e6:,.3f} MB)",
-        f"memory  at most {score.peak_bytes / 1024:,.0f} KiB of activations alive at once",
+        f"params  {score.params:,} numbers{_trained(score)} in {_n(score.storage)} words of 32 bits"
+        f" ({score.storage * 4 / 1e6:,.3f} MB)",
+        f"memory  at most {score.peak_bytes / 1024:,.0f} KiB of activations alive at once, as the network runs now",
         f"score = {_n(score.storage)} / {rules.params_norm:,.0f} + {_n(score.ops)} / {rules.ops_norm:,.0f}",
         f"      = {score.score_params:.7f} + {score.score_ops:.7f} = {score.score:.7f}"
         + (" (an assumption)" if score.assume else ""),
@@ -81,9 +94,15 @@ def summary(score: Score) -> str:
     return "\n".join([*lines, *_footer(score), score.verdict])
 
 
+def _trained(score: Score) -> str:
+    """How many parameters were trained, where folding leaves another number."""
+    trained = score.ledger.params
+    return f" ({trained:,} as trained, before folding)" if trained not in (None, score.params) else ""
+
+
 def footer(scores: Sequence[Score]) -> str:
     """What was decided, assumed, left uncounted and measured, once for all scores of a table: lines of text."""
-    said = [line for score in scores for line in _footer(score)]
+    said = [f"{line} ({score.rules.name})" for score in scores for line in _footer(score)]
     if scores[0].assume:
         said.insert(0, f"assumed, not measured: {_assumed(scores[0])}")
     return "\n".join(dict.fromkeys([*said, *(f"{one.model}, {one.rules.name}: {one.verdict}" for one in scores)]))
@@ -121,7 +140,7 @@ def to_markdown(score: Score) -> str:
     """A write-up ready to submit: assumptions, table of operations, table of arrays, totals."""
     rules = score.rules
     parts = [
-        f"# {score.model}: MicroNet score {score.score:.7f}",
+        f"# {score.model}: MicroNet score {score.score:.7f}" + (f" ASSUMED ({_assumed(score)})" * bool(score.assume)),
         f"One image of {' and '.join(map(_by, _sizes(score)))}. Rules: {rules.name} ({rules.source}).",
         f"**{score.verdict}**",
         "## Assumptions",
@@ -160,7 +179,7 @@ def to_markdown(score: Score) -> str:
                 ("peak activation memory, bytes", _n(score.peak_bytes)),
                 (f"storage / {rules.params_norm:,.0f}", f"{score.score_params:.9f}"),
                 (f"operations / {rules.ops_norm:,.0f}", f"{score.score_ops:.9f}"),
-                ("**score**", f"**{score.score:.9f}**"),
+                ("**score**" + " (assumed)" * bool(score.assume), f"**{score.score:.9f}**"),
             ],
         ),
     ]
@@ -210,9 +229,11 @@ def _markdown(head: Row, rows: Sequence[Row]) -> str:
 
 
 def explain(score: Score) -> list[str]:
-    """Say in words why each number is what it is, a paragraph for each line of the ledger."""
+    """Say in words why each number is what it is: a heading, and a paragraph for each line of the ledger."""
     held = {array.name: array for array in score.arrays}
-    return [_explained(line, score, held) for line in score.lines]
+    return [f"{score.model}, counted by the {score.rules.name} rules, one image:"] + [
+        _explained(line, score, held) for line in score.lines
+    ]
 
 
 def _explained(line: Line, score: Score, held: dict[str, Array]) -> str:
@@ -249,7 +270,8 @@ def _why(line: Line, score: Score) -> str:
         }[line.own_bias, line.bias]
         return f"{line.taps:,} products for each of {n:,} outputs, summed by one addition less each {bias}."
     if line.op in ("global_avg_pool", "avg_pool"):
-        return f"{line.taps:,} terms for each of {n:,} outputs: one addition less each, and one division."
+        terms = f"{line.taps:,} term{'s' * (line.taps != 1)}"
+        return f"{terms} for each of {n:,} outputs: one addition less each, and one division."
     if line.op == "max_pool":
         return f"{line.comparisons:,} comparisons, which count only if asked for."
     if line.op == "batch_norm":
@@ -268,7 +290,7 @@ def against_table(first: Score, second: Score) -> Table:
     """
     table = Table(title=f"rules: {first.rules.name}", title_justify="left")
     table.add_column("")
-    for title in (first.model, second.model, "ratio"):
+    for title in (first.model, second.model, "second / first"):
         table.add_column(title, justify="right", overflow="fold")
     names = ("params", "storage", "mults", "adds", "macs", "ops", "peak_bytes", "score_params", "score_ops", "score")
     for name in names:

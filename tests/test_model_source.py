@@ -15,6 +15,7 @@ import timm
 import torch
 from onnx_graphs import node, ones
 from onnx_graphs import save as save_graph
+from rich.console import Console
 from test_score import Odd
 from torch import nn
 from typer.testing import CliRunner
@@ -26,7 +27,7 @@ from micronet.factories import describe_factory
 from micronet.model_source import open_model
 from micronet.models import resnet20
 from micronet.score import score
-from micronet.score_report import footer, summary, to_csv
+from micronet.score_report import footer, score_table, summary, to_csv
 
 COMMITTED = Path(__file__).parent / "data" / "resnet20_cifar10.pth"
 
@@ -196,7 +197,7 @@ def test_the_words_of_the_explanation_are_those_of_the_score(call):
     for options, storage in (((), 135_845), (("--assume", "bits=4,sparsity=0.5"), None), (("--no-freebie",), 271_690)):
         words = call("score", COMMITTED, "--explain", *options)[1]
         told = sum(float(number.replace(",", "")) for number in re.findall(r": ([\d,.]+) words\)", words))
-        total = float(re.search(r"numbers in ([\d,.]+) words", words)[1].replace(",", ""))
+        total = float(re.search(r"in ([\d,.]+) words of 32 bits", words)[1].replace(",", ""))
         assert told == pytest.approx(total, abs=0.1)
         assert storage in (None, total)
         table = call("score", COMMITTED, "--markdown", *options)[1]
@@ -218,6 +219,20 @@ def test_assumptions_are_marked(call):
     out = call("score", COMMITTED, "--assume", "bits=8,acc=16,sparsity=0.5")[1]
     assert "assumed, not measured: bits=8, acc=16, sparsity=0.5" in out
     assert "(an assumption)" in out
+    out = call("score", COMMITTED, "--assume", "bits=8", "--markdown")[1]
+    assert out.splitlines()[0].endswith("ASSUMED (bits=8)")
+
+
+def test_the_table_fits_a_narrow_terminal():
+    result = score(COMMITTED)
+    for width in (80, 200):
+        console = Console(width=width, file=io.StringIO(), record=True)
+        console.print(score_table(result, width))
+        text = console.export_text()
+        assert max(map(len, text.splitlines())) <= width
+        assert "…" not in text
+        assert "2,359,296" in text
+        assert ("alive" in text) == (width == 200)
 
 
 @pytest.mark.parametrize(
@@ -245,6 +260,6 @@ def test_wrong_usage_is_told_apart(call, arguments, said):
 def test_the_gate_is_measured_on_the_whole_test_set(call, archive):
     status, out, _ = call("score", COMMITTED, "--rules", "imt", "--data", "cifar10")
     assert status == 0
-    assert "9,038 of 10,000 correct on cifar10 test: qualifies" in out
+    assert "9,038 of 10,000 correct on cifar10 test: qualifies (9,000 of 10,000 on cifar10 are asked)" in out
     status, _, error = call("score", COMMITTED, "--data", "digits")
     assert (status, "its 10 classes (airplane" in error) == (1, True)

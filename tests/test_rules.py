@@ -231,9 +231,10 @@ def test_the_course_reads_what_is_not_given_from_the_model():
 
 
 def test_the_gate_is_a_count():
-    net = nn.Linear(4, 2)
-    result = score(net, input_size=(4,))
+    assert "this network tells 2 classes apart" in score(nn.Linear(4, 2), input_size=(4,)).verdict
+    result = score(nn.Linear(4, 100), input_size=(4,))
     assert result.verdict.startswith("not qualified: accuracy unknown")
+    assert "--data" not in score(nn.Linear(4, 1000), input_size=(4,), rules=official_imagenet).verdict
     for correct, said in ((8_000, ": qualifies"), (7_999, "does not qualify")):
         told = replace(result, accuracy=Accuracy(data="cifar100 test", correct=correct, images=10_000)).verdict
         assert f"{correct:,} of 10,000 correct" in told
