@@ -9,10 +9,8 @@ Hooks are not run, so what a forward hook does to the data is not counted (what 
 hooks is weights, not data). BatchNorm, dropout and extra heads are counted as in eval mode.
 """
 
-import copy
 import operator
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from callbacks.aten import LITERAL, READERS, Call, shape_of, tensor_of
+from callbacks.copies import copied, on_cpu, on_meta
 from callbacks.graph import Graph, Node, Shape, Value
 from callbacks.ledger import Line, build
 
@@ -232,46 +231,6 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     declared = node.target._schema.arguments
     given = dict(zip((a.name for a in declared), node.args, strict=False)) | node.kwargs
     return {a.name: given.get(a.name, a.default_value if a.has_default_value() else None) for a in declared}
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict | list | tuple):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
-
-
-def copied(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
-    """Copy a module in eval mode, tensors changed instead of copied, hooks and what wraps a forward left out."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for key, value in vars(module).items():
-            if key.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and isinstance(value, dict):
-                memo[id(value)] = OrderedDict()
-            for old in _tensors(value):
-                if id(old) not in memo:
-                    new = change(old.detach())
-                    memo[id(old)] = nn.Parameter(new, False) if isinstance(old, nn.Parameter) else new
-    copied = copy.deepcopy(model, memo).eval()
-    # A callback may have put another function around a module's forward for the time of a fit, as precision.py does.
-    # What it does is the fit's and not the network's. torch.export refuses an object there; a function is not copied:
-    # it would run the module itself, not the copy. `__wrapped__` is what functools.wraps sets.
-    for m in copied.modules():
-        if hasattr(vars(m).get("forward"), "__wrapped__"):
-            del m.forward  # the class's method shows again
-    return copied
-
-
-def on_meta(tensor: Tensor) -> Tensor:
-    """A tensor of its shape without storage, float32 where it is of any floating-point type."""
-    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-    return torch.empty(tensor.shape, dtype=dtype, device="meta")
-
-
-def on_cpu(tensor: Tensor) -> Tensor:
-    """A copy on the CPU; zeros for one without storage."""
-    return torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor.to("cpu", copy=True)
 
 
 def _export(model: nn.Module, input_sizes: Sequence[Shape], tensors: _Tensors, params: int) -> Graph:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from callbacks.op_trace import copied, on_cpu, on_meta
+from callbacks.copies import copied, on_cpu, on_meta
 from micronet.errors import MicronetError, first_line
 from micronet.model_source import DEFAULT_SIZE, ModelSource
 
