@@ -24,7 +24,7 @@ from micronet.bundle import Bundle, load, save
 from micronet.cli import app
 from micronet.errors import MicronetError
 from micronet.factories import describe_factory
-from micronet.model_source import open_model
+from micronet.model_source import build_named, open_model
 from micronet.models import resnet20
 from micronet.score import score
 from micronet.score_report import footer, score_table, summary, to_csv
@@ -114,6 +114,14 @@ def test_untrained_networks_by_name_are_dense_and_bring_their_size():
     with pytest.raises(MicronetError, match="--arch and --trust say how to read"):
         open_model("timm:convnext_atto", trust=True)
     assert score("micronet:resnet20,num_classes=100").ledger.params == 272_474 + 64 * 90 + 90
+
+
+def test_a_network_that_calculates_while_it_is_built_gets_no_memory_for_its_weights():
+    module, size = build_named("torchvision:regnet_y_400mf")
+    assert size == (3, 224, 224)
+    assert all(parameter.is_meta for parameter in module.parameters())
+    assert not nn.Linear(2, 2).weight.is_meta  # torch itself is as it was
+    assert sum(p.numel() for p in module.parameters()) == 4_344_144  # torchvision's documentation
 
 
 class Pickled(nn.Linear):
