@@ -6,7 +6,8 @@ ends a fit that no longer improves.
 When: every fit longer than you would want to repeat.
 Cost: one file of about four times the weights (weights, optimizer, average, best), written once an epoch.
 Interactions: a callback with `state_dict` and `load_state_dict` of its own is saved and restored, too (`EMA`,
-`KeepBest`, `EarlyStop`). Equal bits need the same CPU, versions and number of threads.
+`KeepBest`, `EarlyStop`). A fit that removed channels is gone on with in a network as narrow as it was (`widths.py`).
+Equal bits need the same CPU, versions and number of threads.
 Source: fastai's Learner and its events; `saving.py` writes the file so that it is whole or absent.
 """
 
@@ -21,7 +22,9 @@ from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Learner
 from torch import Tensor
 
+from callbacks.protocol import all_settled, having
 from callbacks.saving import plain, write_atomically
+from callbacks.widths import Widths, narrower, set_widths, widths
 
 
 def random_state() -> dict[str, Any]:
@@ -45,8 +48,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 def _stateful(learn: Learner) -> dict[str, Callback]:
-    # On the class: a Callback's unknown attributes are looked up in the Learner, and from there in the network.
-    found = [cb for cb in learn.cbs if hasattr(type(cb), "state_dict") and not isinstance(cb, Checkpoint)]
+    found = [cb for cb in having(learn, "state_dict") if not isinstance(cb, Checkpoint)]
     return {f"{place}: {cb.name}": cb for place, cb in enumerate(found)}  # two of one class are two
 
 
@@ -65,13 +67,16 @@ class Checkpoint(Callback):
     def __init__(self, path: str | Path, state: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.file, self._state = Path(path), state
+        self._whole: Widths = {}  # of the network that the fit began with
 
     def before_fit(self) -> None:
-        """Restore weights, optimizer, position in the data, and the callbacks' own state."""
+        """Restore structure, weights, optimizer, position in the data, and the callbacks' own state."""
         state = self._state
+        self._whole = widths(self.learn.model)
         if state is None:
             return
         learn = self.learn
+        set_widths(learn.model, state["widths"])
         learn.model.load_state_dict(state["model"])
         learn.opt.load_state_dict(state["optimizer"])
         for parameter, kept in learn.opt.state.items():  # fastai's own optimizers leave it where it was read to
@@ -102,6 +107,7 @@ class Checkpoint(Callback):
         return {
             "epoch": learn.epoch + 1,
             "model": dict(learn.model.state_dict()),
+            "widths": narrower(learn.model, self._whole),
             "optimizer": plain(learn.opt.state_dict()),
             "smooth_loss": (recorder.smooth_loss.count, recorder.smooth_loss.val),
             "lrs": torch.tensor([float(lr) for lr in recorder.lrs], dtype=torch.float64),
@@ -146,6 +152,9 @@ class _Monitor(Callback):
 class KeepBest(_Monitor):
     """Ends the fit with the weights of the best validation epoch, the first one among equals.
 
+    An epoch in which another callback has not yet reached what the fit is to leave (`settled`), such as a sparsity that
+    still grows, is never the best one, however right its answers are.
+
     Args:
         monitor: the column to judge by.
     """
@@ -162,7 +171,7 @@ class KeepBest(_Monitor):
 
     def after_validate(self) -> None:
         """Copy the weights where they are the best so far."""
-        if self._improved():
+        if all_settled(self.learn) and self._improved():
             self._weights = {name: value.clone() for name, value in self.learn.model.state_dict().items()}
             self._best_epoch = self.learn.epoch
 
@@ -216,7 +225,8 @@ class EarlyStop(_Monitor):
 
     def after_validate(self) -> None:
         """Count the epochs without improvement."""
-        self._waited = 0 if self._improved() else self._waited + 1
+        if all_settled(self.learn):  # before, the numbers are of networks that the fit is not about
+            self._waited = 0 if self._improved() else self._waited + 1
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to go on."""

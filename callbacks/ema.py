@@ -7,11 +7,14 @@ Interactions: `KeepBest` keeps averaged weights. Zeros stay zero as long as the 
 Source: Polyak and Juditsky 1992; the rising decay is TensorFlow's `ExponentialMovingAverage(num_updates=...)`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from fastai.callback.core import Callback
 from torch import Tensor, nn
+
+from callbacks.masks import apply_masks
+from callbacks.widths import take
 
 
 @torch.no_grad()
@@ -71,6 +74,14 @@ class EMA(Callback):
         self._steps += 1
         decay = min(self.decay, (1 + self._steps) / (10 + self._steps))
         update_average(self._average.values(), self._module.state_dict().values(), decay)
+
+    def masked(self, masks: Mapping[str, Tensor]) -> None:
+        """Forget what masked weights were."""
+        apply_masks(self._average or {}, masks)
+
+    def resized(self, kept: Mapping[str, Tensor]) -> None:
+        """Take the same elements away from the average."""
+        self._average.update({name: take(self._average[name], places) for name, places in kept.items()})
 
     def before_validate(self) -> None:
         """Put the average into the network."""

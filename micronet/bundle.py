@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from callbacks.saving import plain, write_atomically
+from callbacks.widths import narrower, set_widths, widths
+from micronet.edits import replay
 from micronet.errors import MicronetError, first_line
 from micronet.factories import find_factory, is_plain
 
@@ -40,6 +42,8 @@ class Bundle:
         provenance: recipe, options, seed, versions, hardware, git state.
         masks: for each masked parameter, by its name in the state dict, a bool tensor of its shape: False where the
             parameter is zero and stays so. They declare which zeros are meant.
+        edits: changes of structure since the factory built the network, in their order, as `micronet.edits` logs them.
+            Widths are not among them: `save` finds which layers are narrower than what the factory and the edits give.
     """
 
     model: nn.Module
@@ -52,9 +56,16 @@ class Bundle:
     history: list[dict[str, Any]] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
+    edits: list[dict[str, Any]] = field(default_factory=list)
 
 
-def save(bundle: Bundle, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
+def save(
+    bundle: Bundle,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    factory: Callable[..., nn.Module] | None = None,
+) -> None:
     """Write a bundle; a reader finds the old file or the new one, never half of one.
 
     Args:
@@ -62,10 +73,13 @@ def save(bundle: Bundle, path: str | Path, *, dtype: torch.dtype | None = None) 
         path: the file.
         dtype: floating-point type of the stored weights, such as `torch.float16` for half the size; None as they are.
             `load` gives float32 back: the network that the file describes is the rounded one.
+        factory: the function that `bundle.factory` names, where that is not micronet's, torchvision's or timm's.
 
     Raises:
-        MicronetError: a mask belongs to no parameter, or a parameter is not zero where its mask says so.
+        MicronetError: a mask belongs to no parameter, or a parameter is not zero where its mask says so; factory and
+            edits don't give a network with these weights, at any widths: what was written could not be loaded.
     """
+    structure = _structure(bundle, factory)
     _check_masks(bundle.masks, bundle.model.state_dict())
     state = {name: value.detach().cpu().contiguous() for name, value in bundle.model.state_dict().items()}
     if dtype is not None:
@@ -83,6 +97,7 @@ def save(bundle: Bundle, path: str | Path, *, dtype: torch.dtype | None = None) 
         "history": bundle.history,
         "provenance": bundle.provenance,
         "masks": {name: mask.detach().cpu().contiguous() for name, mask in bundle.masks.items()},
+        **structure,
     }
     write_atomically(plain(content), path)
 
@@ -102,7 +117,7 @@ def load(path: str | Path, *, factory: Callable[..., nn.Module] | None = None) -
     kwargs = content["kwargs"]
     try:
         build = factory or find_factory(content["factory"], kwargs)
-        model = _fill(build, kwargs, content["state"], trusted=factory is not None)
+        model = _fill(_rebuild(build, content), kwargs, content["state"], trusted=factory is not None)
         masks = content.get("masks", {})
         _check_masks(masks, content["state"])
     except MicronetError as error:
@@ -118,6 +133,7 @@ def load(path: str | Path, *, factory: Callable[..., nn.Module] | None = None) -
         history=content["history"],
         provenance=content["provenance"],
         masks=masks,
+        edits=content.get("edits", []),
     )
 
 
@@ -179,11 +195,14 @@ def _check_fields(content: dict[str, Any], path: Path) -> None:
     for name, kind in (kinds | {"history": list, "provenance": dict}).items():
         if not isinstance(content.get(name), kind):
             raise MicronetError(f"{path}: damaged: its {name} is not a {kind.__name__}; make it again")
-    if not isinstance(content.get("masks", {}), dict):  # files of earlier versions have none
-        raise MicronetError(f"{path}: damaged: its masks are not a dict; make it again")
+    for name, kind in {"masks": dict, "edits": list, "widths": dict}.items():  # files of earlier versions have none
+        if not isinstance(content.get(name, kind()), kind):
+            raise MicronetError(f"{path}: damaged: its {name} are not a {kind.__name__}; make it again")
     size, numbers = content["input_size"], [*content["mean"], *content["std"]]
     sound = (
-        is_plain(content["kwargs"])
+        all(map(is_plain, (content["kwargs"], content.get("edits", []), content.get("widths", {}))))
+        and all(isinstance(edit, dict) for edit in content.get("edits", []))
+        and all(isinstance(table, dict) for table in content.get("widths", {}).values())
         and all(_is_whole(value) for value in [*content["state"].values(), *content.get("masks", {}).values()])
         and all(isinstance(name, str) for name in [*content["classes"], *content["state"]])
         and all(isinstance(row, dict) for row in content["history"])
@@ -210,6 +229,37 @@ def _check_masks(masks: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> No
             raise MicronetError(f"the mask of {name} is not a bool tensor of a parameter's shape")
         if bool((value[~mask] != 0).any()):
             raise MicronetError(f"{name} is not zero where its mask says so: it is not as sparse as it claims")
+
+
+def _rebuild(build: Callable[..., nn.Module], content: Mapping[str, Any]) -> Callable[..., nn.Module]:
+    """A factory of the network that the file describes: built, edited, as narrow as it says."""
+
+    def rebuilt(**kwargs: Any) -> nn.Module:
+        model = build(**kwargs)
+        for edit in content.get("edits", []):
+            replay(model, edit)
+        set_widths(model, content.get("widths", {}))
+        return model
+
+    return rebuilt
+
+
+def _structure(bundle: Bundle, factory: Callable[..., nn.Module] | None) -> dict[str, Any]:
+    """What makes the factory's network the bundle's: the edits, and the widths of the layers that are narrower."""
+    build = _rebuild(factory or find_factory(bundle.factory, bundle.kwargs), {"edits": bundle.edits})
+    try:
+        with torch.random.fork_rng(devices=[]):
+            try:
+                with torch.device("meta"):
+                    whole = build(**bundle.kwargs)
+            except (RuntimeError, NotImplementedError):  # some, such as torchvision's RegNet, compute while built
+                whole = build(**bundle.kwargs)
+        table = narrower(bundle.model, widths(whole))
+        set_widths(whole, table)
+    except ValueError as error:
+        raise MicronetError(f"the network can't be saved: {first_line(error)}") from error
+    _check_shapes({name: value.shape for name, value in whole.state_dict().items()}, bundle.model.state_dict())
+    return {"edits": bundle.edits, "widths": table}
 
 
 def _outline(content: Any) -> str:

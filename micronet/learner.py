@@ -3,6 +3,7 @@
 import pickle
 import random
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
@@ -16,10 +17,11 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientClip
 from fastai.learner import Learner
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from callbacks.checkpoint import Checkpoint, EarlyStop, KeepBest
 from callbacks.ema import EMA
+from callbacks.masks import KeepZeros
 from callbacks.precision import Precision, bf16_speeds_up
 from callbacks.schedule import OneCycle
 from micronet.data import Data, loaders
@@ -27,6 +29,7 @@ from micronet.errors import MicronetError
 from micronet.optim import CrossEntropy, decay_groups, metrics
 from micronet.progress import History, Table
 from micronet.recipe import Fit, Recipe, blaming
+from micronet.start import begin
 
 
 def pick_device(name: str | None = None) -> str:
@@ -48,7 +51,14 @@ def precision(fit: Fit, device: str) -> tuple[bool, bool]:
 
 
 def make_learner(
-    fit: Fit, model: nn.Module, data: Data, *, device: str = "cpu", seed: int = 0, path: str | Path = "."
+    fit: Fit,
+    model: nn.Module,
+    data: Data,
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    path: str | Path = ".",
 ) -> Learner:
     """Build the Learner of a fit, with everything that the fit asks for.
 
@@ -56,6 +66,7 @@ def make_learner(
         fit: the stage.
         model: the network.
         data: the image sets.
+        masks: of the network's zeros, which the fit keeps.
         device: where to train.
         seed: of order and augmentation of the images.
         path: folder for what fastai writes itself.
@@ -64,6 +75,8 @@ def make_learner(
         data = replace(data, batch_size=fit.batch_size)
     bf16, channels_last = precision(fit, device)
     cbs: list[Callback] = [Precision(bf16, channels_last)] if bf16 or channels_last else []
+    if masks:
+        cbs.append(KeepZeros(masks))
     if fit.grad_clip is not None:
         cbs.append(GradientClip(fit.grad_clip))
     if fit.ema is not None:
@@ -194,8 +207,10 @@ def find_lr(
     with tempfile.TemporaryDirectory() as folder:
         with blaming("recipe"):
             data = recipe.data() if limit is None else recipe.data().limit(limit)
-            model = recipe.model(num_classes=data.num_classes)
-            learn = make_learner(recipe.stages[0], model, data, device=device, seed=seed, path=folder)
+            start = begin(recipe, data)
+            learn = make_learner(
+                recipe.stages[0], start.model, data, masks=start.masks, device=device, seed=seed, path=folder
+            )
         # fastai's 0.98 averages over about 50 steps, half of 100, and so smears the loss over four powers of ten.
         learn.recorder.smooth_loss.beta = max(0.0, 1 - 10 / steps)
         learn.lr_find(num_it=steps, show_plot=False, suggest_funcs=None)

@@ -2,23 +2,20 @@
 
 import copy
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from fastai.learner import Learner
-from torch import nn
 
 from callbacks.checkpoint import random_state, set_random_state
 from callbacks.expected import Expected, declared, follow, narrowed, requantised, together
 from callbacks.ledger import Ledger, UnknownOperation, build
 from micronet import bundle as bundles
-from micronet.bundle import Bundle
 from micronet.counting import Assume
 from micronet.data import Data
 from micronet.errors import MicronetError
-from micronet.factories import describe_factory
 from micronet.learner import make_learner, pick_device, precision, seed_all
 from micronet.machine import hardware, versions
 from micronet.model_source import open_model
@@ -27,6 +24,7 @@ from micronet.plan_time import Timing, busy, time_fit
 from micronet.recipe import Fit, Recipe, blaming, describe
 from micronet.rules import Rules, official
 from micronet.score import Score, tally
+from micronet.start import begin, check_masks_fit, own_factory, some_images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,12 +166,11 @@ class _Planner:
     ) -> None:
         self.recipe, self.rules, self.device, self.timed, self.folder = recipe, rules, device, timed, folder
         self.resolved = describe(recipe)
-        self.factory, self.kwargs = describe_factory(recipe.model)
         with blaming(f"{where}, data"):
             data = recipe.data()
             self.data: Data = data if limit is None else data.limit(limit)
         with blaming(f"{where}, model"):
-            self.model: nn.Module = recipe.model(num_classes=self.data.num_classes)
+            self.bundle = begin(recipe, self.data)
         self.ledger, logits = self._count()
         self.findings = [*check_data(self.data, logits)]
         self.busy = busy()
@@ -181,7 +178,7 @@ class _Planner:
     def plan(self) -> Plan:
         stages, expected = [], Expected()
         for fit in self.recipe.stages:
-            learn = self._learner(fit)
+            learn = self._learner(fit) if self._edit(fit) else None
             timing = None
             if learn is not None:
                 self.findings += check_stage(fit, learn, self.data, self.device)
@@ -202,7 +199,8 @@ class _Planner:
 
     def _count(self) -> tuple[Ledger, int]:
         """The network's ledger, and how many numbers it answers with."""
-        source = open_model(self.model, input_size=self.data.input_size)
+        masks = self.bundle.masks or None
+        source = open_model(self.bundle.model, input_size=self.data.input_size, masks=masks)
         graph = source.graph()
         try:
             return build(graph), graph.outputs[0].numel
@@ -213,9 +211,24 @@ class _Planner:
         text = str(error) if isinstance(error, MicronetError) else one_line(error)
         self.findings.append(Finding(fit.name, True, text))
 
+    def _edit(self, fit: Fit) -> bool:
+        """Change the structure as the fit will; False where it can't be."""
+        try:
+            for edit in fit.edit:
+                edited = edit(self.bundle.model, images=some_images(self.data, 32))
+                self.bundle = replace(self.bundle, model=edited.model, edits=[*self.bundle.edits, edited.log])
+                check_masks_fit(self.bundle, edited.log)
+            if fit.edit:
+                self.ledger, _ = self._count()
+        except Exception as error:  # an edit can fail in any way on a network that it was not made for
+            self._refuse(fit, error)
+            return False
+        return True
+
     def _learner(self, fit: Fit) -> Learner | None:
         try:
-            return make_learner(fit, copy.deepcopy(self.model), self.data, device=self.device, path=self.folder)
+            model, masks = copy.deepcopy(self.bundle.model), self.bundle.masks
+            return make_learner(fit, model, self.data, masks=masks, device=self.device, path=self.folder)
         except Exception as error:  # a recipe's optimizer and callbacks can fail in any way
             self._refuse(fit, error)
             return None
@@ -257,26 +270,16 @@ class _Planner:
             assume = Assume(bits=weight if weight == act else None, sparsity=expected.sparsity)
             if weight != act:
                 ledger = requantised(ledger, weight, act)
-        return tally(type(self.model).__name__, ledger, self.rules, assume)
+        return tally(type(self.bundle.model).__name__, ledger, self.rules, assume)
 
     def _file_bytes(self, expected: Expected, ledger: Ledger) -> int:
         """What a file of the network takes: one is written and removed; removed channels shorten its tensors."""
-        state = self.model.state_dict()
+        state = self.bundle.model.state_dict()
         weights = [array.name for array in self.ledger.arrays if array.role == "weight" and array.name in state]
         masks = {name: torch.ones(state[name].shape, dtype=torch.bool) for name in weights if expected.sparsity}
         record = {"resolved": self.resolved, "versions": versions(), "hardware": hardware(self.device)}
-        bundle = Bundle(
-            model=self.model,
-            factory=self.factory,
-            kwargs=self.kwargs | {"num_classes": self.data.num_classes},
-            classes=self.data.classes,
-            input_size=self.data.input_size,
-            mean=self.data.mean,
-            std=self.data.std,
-            provenance=record,
-            masks=masks,
-        )
-        bundles.save(bundle, self.folder / "model.pth")
+        bundle = replace(self.bundle, provenance=record, masks=masks)
+        bundles.save(bundle, self.folder / "model.pth", factory=own_factory(self.recipe))
         whole = (self.folder / "model.pth").stat().st_size
         tensors = sum(tensor.numel() * tensor.element_size() for tensor in [*state.values(), *masks.values()])
         numbers = [sum(array.numel for array in part.arrays) for part in (ledger, self.ledger)]

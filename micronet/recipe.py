@@ -1,5 +1,6 @@
 """Recipes: data, network and a list of fits, as plain values; and reading one from its file."""
 
+import hashlib
 import importlib.util
 import inspect
 import re
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from micronet.data import Data
+    from micronet.edits import Edited
 
 
 def _makes(cb: Any) -> bool:
@@ -52,6 +54,8 @@ class Fit:
         channels_last: memory layout of weights and batches; None: together with bf16.
         compile: whether to `torch.compile` the network (on a CPU that costs a minute and gains nothing).
         cbs: makers of further callbacks, such as `partial(MixUp, 0.4)`: each fit gets fresh ones.
+        edit: changes of structure before the fit, in order, such as `partial(swap_activation, old=nn.ReLU,
+            new=nn.ReLU6)`: functions of `micronet.edits`, called with the network and `images=`.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -74,6 +78,7 @@ class Fit:
     channels_last: bool | None = None
     compile: bool = False
     cbs: tuple[Callable[[], "Callback"], ...] = ()
+    edit: tuple[Callable[..., "Edited"], ...] = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
@@ -89,6 +94,7 @@ class Fit:
             ("early_stop", self.early_stop is None or self.early_stop >= 1, "at least 1 epoch, or None"),
             ("keep", self.keep in ("best", "last"), '"best" or "last"'),
             ("cbs", all(map(_makes, self.cbs)), "makers of callbacks, such as partial(MixUp, 0.4), not callbacks"),
+            ("edit", isinstance(self.edit, tuple) and all(map(callable, self.edit)), "a tuple of edits"),
         ]
         for name, right, allowed in ranges:
             if not right:
@@ -102,6 +108,7 @@ class Recipe:
     Args:
         data: makes the image sets, such as `partial(cifar100, batch_size=512)`.
         model: makes the network, called with `num_classes`, such as `partial(wide_resnet, depth=22, width=6)`.
+            Or the path of a `model.pth`: the first stage goes on with its network, masks and edits.
         stages: the fits, in order; each goes on with the network of the one before.
 
     Raises:
@@ -109,7 +116,7 @@ class Recipe:
     """
 
     data: Callable[[], "Data"]
-    model: Callable[..., "nn.Module"]
+    model: "Callable[..., nn.Module] | Path"
     stages: tuple[Fit, ...]
 
     def __post_init__(self) -> None:
@@ -271,7 +278,9 @@ def describe(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): describe(item) for key, item in value.items()}
     if isinstance(value, Path):
-        return str(value)
+        # A file is what it holds: another network under the same name is another recipe, one moved elsewhere is not.
+        held = {"sha256": hashlib.sha256(value.read_bytes()).hexdigest()} if value.is_file() else {}
+        return {"file": value.name, **held} if held else str(value)
     if isinstance(value, partial):
         arguments = {"args": describe(value.args), **describe(value.keywords)}
         return {"call": describe(value.func), **{name: item for name, item in arguments.items() if item != []}}

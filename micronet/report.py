@@ -179,7 +179,7 @@ def stages_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """
     table = Table(title="stages", title_justify="left")
     table.add_column("stage")
-    for column in ("valid top-1", "test top-1", "params", "MACs", "score", "file", "seconds"):
+    for column in ("valid top-1", "test top-1", "params", "storage", "MACs", "score", "file", "seconds"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         test = row.get("test")
@@ -188,6 +188,7 @@ def stages_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             _share(row["valid"]) + (" on the test images" if row["valid_is_test"] else ""),
             _share(test) if test else "-",
             f"{row['params']:,}",
+            f"{row['storage']:,.0f}",
             f"{row['macs'] / 1e6:,.1f} M",
             f"{row['score']:.5f}",
             f"{row['file_bytes'] / 1e6:.2f} MB",

@@ -2,7 +2,7 @@
 
 import json
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,20 @@ from fastai.callback.core import Callback
 from rich.console import Console
 from torch import nn
 
+from callbacks.protocol import all_masks
 from micronet import bundle as bundles
 from micronet.bundle import Bundle
 from micronet.data import Data, ImageSet, plain_loader
 from micronet.differences import differences
 from micronet.errors import MicronetError
 from micronet.evaluate import evaluate
-from micronet.factories import describe_factory, innermost
 from micronet.folder import copy_file, is_empty, locked, read_rows, sweep
 from micronet.learner import FitResult, make_learner, pick_device, precision, run_fit, seed_all
 from micronet.machine import git_state, hardware, versions
 from micronet.recipe import Fit, Recipe, blaming, describe
 from micronet.report import flat, plot_curves, plot_rates, write_csv, write_text
 from micronet.score import score
+from micronet.start import begin, check_masks_fit, load_stage, own_factory, some_images
 
 SMOKE_IMAGES = 64
 
@@ -89,7 +90,6 @@ class _Run:
         self.recipe, self.folder, self.options, self.console = recipe, folder, options, console
         self.source = source
         self.device = pick_device(options.device)
-        self.factory, self.kwargs = describe_factory(recipe.model)
 
     def run(self) -> Bundle:
         resolved = {"recipe": describe(self.recipe), "seed": self.options.seed, "limit": self.options.images}
@@ -184,10 +184,11 @@ class _Run:
         seed = self.options.seed * 1000 + index
         seed_all(seed)
         with self._blaming(f"stage {fit.name}"):
-            model = self._build(data) if previous is None else self._load(previous).model
-            learn = make_learner(fit, model, data, device=self.device, seed=seed, path=place)
+            before = begin(self.recipe, data) if previous is None else self._load(previous)
+            bundle = self._edit(fit, before, data)
+            learn = make_learner(fit, bundle.model, data, masks=bundle.masks, device=self.device, seed=seed, path=place)
         place.mkdir(exist_ok=True)
-        self._announce(fit, model)
+        self._announce(fit, bundle)
         logger = _tensorboard(place) if self.options.tensorboard else ()
         result = run_fit(learn, fit, self.console, checkpoint=place / "checkpoint.pth", cbs=logger)
         if result.diverged is not None:
@@ -196,47 +197,50 @@ class _Run:
                 f"{place}: the training loss was no longer finite in epoch {result.diverged + 1}: lower the "
                 f"learning rate (lr={fit.lr}) or clip the gradient (grad_clip), then start over with --fresh"
             )
-        self._measure(index, learn.model, data, result, record)
+        masks = {name: mask.cpu() for name, mask in all_masks(learn).items()}
+        model = learn.model.to("cpu", memory_format=torch.contiguous_format)
+        self._measure(index, replace(bundle, model=model, masks=masks, provenance=record), data, result)
         return place
 
     def _blaming(self, part: str) -> AbstractContextManager[None]:
         return blaming(f"{self.source or 'recipe'}, {part}")
 
-    def _build(self, data: Data) -> nn.Module:
-        return self.recipe.model(num_classes=data.num_classes)
+    def _edit(self, fit: Fit, bundle: Bundle, data: Data) -> Bundle:
+        """Change the structure as the fit asks; what was done is printed."""
+        images = some_images(data) if fit.edit else None
+        for edit in fit.edit:
+            edited = edit(bundle.model, images=images)
+            bundle = replace(bundle, model=edited.model, edits=[*bundle.edits, edited.log])
+            check_masks_fit(bundle, edited.log)
+            self.console.print(f"{edited.log['edit']}: {edited.summary}", highlight=False)
+        return bundle
 
     def _load(self, place: Path) -> Bundle:
-        return bundles.load(place / "model.pth", factory=innermost(self.recipe.model))
+        return load_stage(self.recipe, place / "model.pth")
 
-    def _announce(self, fit: Fit, model: nn.Module) -> None:
-        params = sum(p.numel() for p in model.parameters())
+    def _save(self, bundle: Bundle, place: Path) -> None:
+        bundles.save(bundle, place / "model.pth", factory=own_factory(self.recipe))
+
+    def _announce(self, fit: Fit, bundle: Bundle) -> None:
+        params = sum(p.numel() for p in bundle.model.parameters())
         bf16, channels_last = precision(fit, self.device)
         threads = torch.get_num_threads()
         how = ("bf16" if bf16 else "float32") + (", channels_last" if channels_last else "")
         self.console.print(
-            f"stage {fit.name}: {self.factory.partition(':')[2]}, {params:,} parameters; "
+            f"stage {fit.name}: {bundle.factory.partition(':')[2]}, {params:,} parameters; "
             f"{_count(fit.epochs, 'epoch')} on {self.device} in {how}, {_count(threads, 'thread')}",
             highlight=False,
         )
 
-    def _measure(self, index: int, model: nn.Module, data: Data, result: FitResult, record: dict[str, Any]) -> None:
+    def _measure(self, index: int, made: Bundle, data: Data, result: FitResult) -> None:
         """Write the stage's files; row.json comes last and marks the stage as done.
 
         The row inside the file cannot say how large the file is; row.json does.
         """
         fit, place = self.recipe.stages[index], self._place(index)
-        bundle = Bundle(
-            model=model.to("cpu", memory_format=torch.contiguous_format),
-            factory=self.factory,
-            kwargs=self.kwargs | {"num_classes": data.num_classes},
-            classes=data.classes,
-            input_size=data.input_size,
-            mean=data.mean,
-            std=data.std,
-            provenance=record,
-        )
-        bundles.save(bundle, place / "model.pth")
+        self._save(made, place)
         bundle = self._load(place)  # every number below is measured on what the file gives
+        self._check_reload(made, bundle, data, place)
         row: dict[str, Any] = {
             "stage": fit.name,
             "epochs": len(result.rows),
@@ -250,8 +254,9 @@ class _Run:
         cost = score(place / "model.pth")
         row |= {"params": cost.ledger.params, "rules": cost.rules.name}  # params as trained; storage as deployed
         row |= {name: getattr(cost, name) for name in ("storage", "mults", "adds", "macs", "ops", "score")}
-        bundle.history = [*read_rows(self.folder), row]
-        bundles.save(bundle, place / "model.pth")
+        # The rows of this run's stages before are read with what their files could not say of themselves.
+        bundle.history = [*made.history[: len(made.history) - index], *read_rows(self.folder)[:index], row]
+        self._save(bundle, place)
         if result.rows:
             write_csv(result.rows, place / "history.csv")
             plot_curves(result.rows, place / "curves.png", f"{self.folder.name}: {fit.name}", _training(fit, data))
@@ -259,6 +264,18 @@ class _Run:
         row["file_bytes"] = (place / "model.pth").stat().st_size
         write_text(json.dumps(row, indent=1) + "\n", place / "row.json")
         (place / "checkpoint.pth").unlink(missing_ok=True)
+
+    def _check_reload(self, made: Bundle, loaded: Bundle, data: Data, place: Path) -> None:
+        """Refuse a file that does not hold the network that was trained."""
+        images = some_images(data, 32)
+        with torch.no_grad():
+            same = torch.equal(made.model.eval()(images), loaded.model(images))
+        if not same:
+            (place / "model.pth").unlink()
+            raise MicronetError(
+                f"{place / 'model.pth'}: read again, the network answers otherwise than the one that was trained: its "
+                "forward depends on something that no file holds (a hook, an attribute); the file was removed"
+            )
 
     def _evaluate(self, model: nn.Module, images: ImageSet, data: Data) -> dict[str, Any]:
         return evaluate(model, plain_loader(images, data, device=self.device), self.device).row()

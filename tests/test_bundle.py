@@ -128,7 +128,9 @@ class Own(nn.Module):
 
 def test_a_users_class_needs_a_factory(tmp_path):
     bundle = bundle_of(partial(Own, num_classes=3))
-    save(bundle, tmp_path / "model.pth")
+    with pytest.raises(MicronetError, match="not a network of micronet"):
+        save(bundle, tmp_path / "model.pth")
+    save(bundle, tmp_path / "model.pth", factory=Own)
     with pytest.raises(MicronetError, match="--factory FILE:NAME"):
         load(tmp_path / "model.pth")
     again = load(tmp_path / "model.pth", factory=Own)
@@ -145,7 +147,7 @@ class Measured(nn.Module):
 
 def test_a_trusted_factory_may_compute_while_it_builds(tmp_path):
     bundle = bundle_of(partial(Measured, num_classes=3, depth=2))
-    save(bundle, tmp_path / "model.pth")
+    save(bundle, tmp_path / "model.pth", factory=Measured)
     assert torch.equal(load(tmp_path / "model.pth", factory=Measured).model.fc.weight, bundle.model.fc.weight)
 
 

@@ -5,7 +5,6 @@ import copy
 import importlib
 import inspect
 import pkgutil
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -13,15 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelFitException
-from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
+from learners import make_learner
 from torch import nn
-from torch.utils.data import TensorDataset
 
 import callbacks
 from callbacks.checkpoint import Checkpoint, EarlyStop, KeepBest
 from callbacks.ema import EMA, update_average
+from callbacks.masks import KeepZeros
 from callbacks.op_counter import OpCounter
 from callbacks.precision import Precision, bf16_speeds_up
 
@@ -32,6 +30,7 @@ CASES = {
     EarlyStop: lambda folder: EarlyStop(5, monitor="valid_loss"),
     KeepBest: lambda folder: KeepBest(monitor="valid_loss"),
     EMA: lambda folder: EMA(0.9),
+    KeepZeros: lambda folder: KeepZeros({"0.weight": torch.ones(4, 3, 3, 3).tril() > 0}),
     OpCounter: lambda folder: OpCounter(),
     Precision: lambda folder: Precision(bf16=True, channels_last=True),
 }
@@ -49,25 +48,6 @@ def public_callbacks():
             if own and not name.startswith("_"):
                 found[name] = value
     return found
-
-
-def make_learner(seed: int = 0) -> Learner:
-    torch.manual_seed(seed)
-    random.seed(seed)  # fastai's loader draws its order from Python's generator
-    images, labels = torch.randn(48, 3, 8, 8), torch.randint(0, 3, (48,))
-    sets = TensorDataset(images[:32], labels[:32]), TensorDataset(images[32:], labels[32:])
-    dls = DataLoaders.from_dsets(*sets, bs=8, num_workers=0, device="cpu")
-    net = nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(4, 3),
-    )
-    learn = Learner(dls, net, CrossEntropyLossFlat(), lr=0.01)
-    learn.logger = lambda _: None
-    return learn
 
 
 def found(learn: Learner) -> dict:

@@ -245,7 +245,8 @@ def test_a_users_own_class_is_scored_with_a_factory(call, tmp_path):
     names["mine"].__module__ = "mine"
     factory, kwargs = describe_factory(partial(names["mine"], num_classes=2))
     parts = {"classes": ("a", "b"), "input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    save(Bundle(model=names["mine"](2), factory=factory, kwargs=kwargs, **parts), tmp_path / "m.pth")
+    bundle = Bundle(model=names["mine"](2), factory=factory, kwargs=kwargs, **parts)
+    save(bundle, tmp_path / "m.pth", factory=names["mine"])
     status, _, err = call("score", tmp_path / "m.pth")
     assert status == 1
     assert "--factory FILE:NAME" in err

@@ -1,0 +1,112 @@
+"""The network that a recipe's first stage begins with: built anew, or read from a file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from micronet import bundle as bundles
+from micronet.bundle import Bundle
+from micronet.data import Data, plain_loader
+from micronet.errors import MicronetError
+from micronet.factories import describe_factory, innermost
+from micronet.recipe import Recipe
+
+
+def begin(recipe: Recipe, data: Data) -> Bundle:
+    """Build a recipe's network, or read it from the file that the recipe names.
+
+    Args:
+        recipe: its `model` is a factory, called with the number of classes, or the path of a `model.pth`.
+        data: the image sets.
+
+    Raises:
+        MicronetError: the factory can't be stored; no such file; a network of other classes or other normalisation.
+    """
+    if isinstance(recipe.model, Path):
+        bundle = bundles.load(recipe.model)
+        check_suits(bundle, data, str(recipe.model))
+        return bundle
+    factory, kwargs = describe_factory(recipe.model)
+    return Bundle(
+        model=recipe.model(num_classes=data.num_classes),
+        factory=factory,
+        kwargs=kwargs | {"num_classes": data.num_classes},
+        classes=data.classes,
+        input_size=data.input_size,
+        mean=data.mean,
+        std=data.std,
+    )
+
+
+def load_stage(recipe: Recipe, path: Path) -> Bundle:
+    """Read what a stage of the recipe left; its own factory is trusted."""
+    return bundles.load(path, factory=own_factory(recipe))
+
+
+def own_factory(recipe: Recipe) -> Any:
+    """The function that builds a recipe's network; None where it begins with a file."""
+    return None if isinstance(recipe.model, Path) else innermost(recipe.model)
+
+
+def check_suits(bundle: Bundle, data: Data, name: str) -> None:
+    """Refuse a network whose answers or inputs mean something else than the data's.
+
+    Args:
+        bundle: the network.
+        data: the image sets.
+        name: of the network, for the message.
+
+    Raises:
+        MicronetError: classes in another order or of other names, another normalisation.
+    """
+    if bundle.classes != data.classes:
+        raise MicronetError(
+            f"{name}: its classes ({_some(bundle.classes)}) are not those of {data.name} ({_some(data.classes)}), "
+            "in this order"
+        )
+    if not _near(bundle.mean, data.mean) or not _near(bundle.std, data.std):
+        raise MicronetError(
+            f"{name}: normalises images with mean {bundle.mean}, std {bundle.std}, {data.name} with mean {data.mean}, "
+            f"std {data.std}"
+        )
+
+
+def _near(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return len(a) == len(b) and all(abs(x - y) < 1e-4 for x, y in zip(a, b, strict=True))
+
+
+def _some(names: tuple[str, ...]) -> str:
+    more = f", ... {len(names)} in all" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
+
+
+def some_images(data: Data, number: int = 256) -> Tensor:
+    """The first images of the validation split, as the network sees them: `(N, C, H, W)`, on the CPU."""
+    parts, left = [], number
+    for batch, _ in plain_loader(data.valid, data):
+        parts.append(batch[:left])
+        left -= len(parts[-1])
+        if not left:
+            break
+    return torch.cat(parts)
+
+
+def check_masks_fit(bundle: Bundle, edit: Mapping[str, Any]) -> None:
+    """Refuse an edit after which a mask's parameter is gone or has another shape: its zeros would be lost.
+
+    Args:
+        bundle: after the edit.
+        edit: its log entry.
+
+    Raises:
+        MicronetError: the edit loses zeros.
+    """
+    state = bundle.model.state_dict()
+    lost = [name for name, mask in bundle.masks.items() if name not in state or state[name].shape != mask.shape]
+    if lost:
+        raise MicronetError(
+            f"{edit['edit']} would lose the zeros of {lost[0]}: change the structure first, make it sparse afterwards"
+        )
