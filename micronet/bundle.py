@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -96,7 +97,7 @@ def save(
         "std": [float(x) for x in bundle.std],
         "history": bundle.history,
         "provenance": bundle.provenance,
-        "masks": {name: mask.detach().cpu().contiguous() for name, mask in bundle.masks.items()},
+        "masks": {name: _packed(mask) for name, mask in bundle.masks.items()},
         **structure,
     }
     write_atomically(plain(content), path)
@@ -118,7 +119,7 @@ def load(path: str | Path, *, factory: Callable[..., nn.Module] | None = None) -
     try:
         build = factory or find_factory(content["factory"], kwargs)
         model = _fill(_rebuild(build, content), kwargs, content["state"], trusted=factory is not None)
-        masks = content.get("masks", {})
+        masks = {name: _unpacked(mask, content["state"].get(name)) for name, mask in content.get("masks", {}).items()}
         _check_masks(masks, content["state"])
     except MicronetError as error:
         raise MicronetError(f"{path}: {error}") from error
@@ -220,6 +221,18 @@ def _is_whole(value: Any) -> bool:
     """Whether a file holds every element of a tensor: a hostile one can claim any shape for none, or for one."""
     dense = isinstance(value, Tensor) and value.layout == torch.strided
     return dense and value.device.type == "cpu" and value.is_contiguous()
+
+
+def _packed(mask: Tensor) -> Tensor:
+    """A mask as eight elements a byte: a file of a sparse network is not to be larger by a byte a weight."""
+    return torch.from_numpy(np.packbits(mask.detach().cpu().numpy()))
+
+
+def _unpacked(bits: Tensor, value: Tensor | None) -> Tensor:
+    """A mask of a parameter's shape; as it is where the file does not hold just these bits: it is checked then."""
+    if value is None or bits.dtype is not torch.uint8 or bits.shape != (-(-value.numel() // 8),):
+        return bits
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=value.numel())).bool().reshape(value.shape)
 
 
 def _check_masks(masks: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:

@@ -135,3 +135,14 @@ class Hooked(nn.Module):
 
     def forward(self, x):
         return self.factor * self.fc(x.mean((2, 3)))
+
+
+def test_masks_take_a_bit_each_in_the_file(made, tmp_path):
+    content = torch.load(made, weights_only=True)
+    bits = content["masks"]["layer1.0.conv1.weight"]
+    assert bits.dtype is torch.uint8
+    assert bits.shape == (16 * 16 * 9 // 8,)
+    for wrong in (bits[:-1], bits.bool(), bits.repeat(2)):
+        torch.save({**content, "masks": {"layer1.0.conv1.weight": wrong}}, tmp_path / "wrong.pth")
+        with pytest.raises(MicronetError, match=r"the mask of layer1.0.conv1.weight is not"):
+            load(tmp_path / "wrong.pth")
