@@ -7,52 +7,23 @@ and has no known cost.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
-Shape = tuple[int, ...]
+from callbacks.aten_call import Call, shape_of
+from callbacks.graph import Shape
+
 Read = tuple[str, list[Node | None], dict[str, Any]]
 
 
-def tensor_of(node: Node) -> Tensor | None:
-    """The tensor a node gives, or the first of several."""
-    value = node.meta.get("val")
-    return next((v for v in value if isinstance(v, Tensor)), None) if isinstance(value, tuple | list) else value
+def _simple(op: str) -> Callable[[Call], Read]:
+    return lambda call: (op, call.all_nodes(), {})
 
 
-def shape_of(node: Node) -> Shape:
-    """The shape of the tensor that a node gives."""
-    return tuple(tensor_of(node).shape)
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call in the graph: its name in ATen, the arguments by name, the shape of what it gives."""
-
-    op: str
-    node: Node
-    args: dict[str, Any]
-    out: Shape
-
-    def shape(self, arg: str) -> Shape:
-        """The shape of an argument, by its name in ATen's schema."""
-        return shape_of(self.args[arg])
-
-    def nodes(self, *names: str) -> list[Node | None]:
-        """Arguments as nodes: None for what is not given or is a number."""
-        return [a if isinstance(a := self.args.get(name), Node) else None for name in names]
-
-    def all_nodes(self) -> list[Node]:
-        """Everything it reads, lists of tensors too."""
-        return list(self.node.all_input_nodes)
-
-
-def _simple(op: str, **attrs: Any) -> Callable[[Call], Read]:
-    return lambda call: (op, call.all_nodes(), dict(attrs))
+def _named(op: str, *names: str) -> Callable[[Call], Read]:
+    return lambda call: (op, call.nodes(*names), {})
 
 
 def _binary(op: str) -> Callable[[Call], Read]:
@@ -92,10 +63,6 @@ def _einsum(call: Call) -> Read:
         sizes |= dict(zip(letters, shape_of(tensor), strict=True))
     taps = math.prod(size for letter, size in sizes.items() if letter not in result)
     return "einsum", list(tensors), {"taps": taps}
-
-
-def _attention(call: Call) -> Read:
-    return "attention", call.nodes("query", "key", "value", "attn_mask"), {}
 
 
 def _clamp(call: Call) -> Read:
@@ -289,9 +256,9 @@ READERS: dict[str, Callable[[Call], Read]] = {
     **dict.fromkeys(("argmax", "argmin"), _over("argmax")),
     **dict.fromkeys(("norm", "linalg_vector_norm", "frobenius_norm"), _over("norm")),
     **{name: _over(name) for name in ("sum", "cumsum", "prod", "var", "std")},
-    "linear": lambda call: ("linear", call.nodes("input", "weight", "bias"), {}),
-    "bilinear": lambda call: ("bilinear", call.nodes("input1", "input2", "weight", "bias"), {}),
-    "scaled_dot_product_attention": _attention,
+    "linear": _named("linear", "input", "weight", "bias"),
+    "bilinear": _named("bilinear", "input1", "input2", "weight", "bias"),
+    "scaled_dot_product_attention": _named("attention", "query", "key", "value", "attn_mask"),
     "batch_norm": _batch_norm,
     "einsum": _einsum,
     "expand": _expand,

@@ -12,6 +12,7 @@ from typing import Any
 
 from callbacks.fold import Fold, find_folds
 from callbacks.graph import Graph, Node, Shape, Value
+from callbacks.liveness import fold_constants, lifetimes, needed
 from callbacks.op_formulas import FORMULAS, VIEWS, Cost
 
 # Layers whose second input is weights, and the index of their bias.
@@ -46,6 +47,25 @@ class Array:
     def numel(self) -> int:
         """Count of elements, zeros too."""
         return Value(shape=self.shape).numel
+
+    def stored(self, bits: int) -> tuple[float, float]:
+        """What it takes in a file, and the share of it that is kept.
+
+        A tensor is sparse where a mask declares it so; where nothing can declare it, where mask and values are smaller
+        than all values. A mask takes one bit for each element.
+
+        Args:
+            bits: Width of one value.
+
+        Returns:
+            Bits; share of the elements that are kept, 1 for a dense array.
+        """
+        if self.role != "weight" or self.nonzero is None or self.masked is False or self.nonzero == self.numel:
+            return self.numel * bits, 1.0
+        sparse = self.nonzero * bits + self.numel
+        if self.masked or sparse < self.numel * bits:
+            return sparse, self.nonzero / self.numel
+        return self.numel * bits, 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,73 +154,46 @@ def _image(shape: Shape) -> Shape:
     return shape[1:] if shape[:1] == (1,) else shape
 
 
-def fold_constants(graph: Graph) -> list[Node]:
-    """Mark what depends on constants alone as fixed, and give the nodes that depend on the image."""
-    live = []
-    for node in graph.nodes:
-        given = [value for value in node.inputs if value is not None]
-        if not all(value.fixed for value in given) or any(out.memory().written for out in node.outputs):
-            live.append(node)
-            continue
-        for out in node.outputs:
-            out.fixed = True
-            out.literal = out.literal or all(value.literal for value in given)
-            out.names = tuple(dict.fromkeys(name for value in given for name in value.names))
-            if given and node.op in VIEWS and out.numel == given[0].numel:
-                out.root = given[0].original()
-    return live
-
-
-def _needed(nodes: list[Node], outputs: tuple[Value, ...]) -> list[Node]:
-    """Leave out what nothing reads: a deployed network does not run it."""
-    wanted, memories, kept = {id(value) for value in outputs}, {id(value.memory()) for value in outputs}, []
-    for node in reversed(nodes):
-        # What is written in place matters where anything that lives in that memory is read later.
-        written = node.in_place and id(node.out.memory()) in memories
-        if written or any(id(value) in wanted for value in node.outputs):
-            read = [value for value in node.inputs if value is not None]
-            wanted |= {id(value) for value in read}
-            memories |= {id(value.memory()) for value in read}
-            kept.append(node)
-    return kept[::-1]
-
-
 class _Store:
     """Collects arrays: a tensor that is used twice is stored once, unless different things were folded into it."""
 
     def __init__(self) -> None:
-        self.arrays: dict[Any, Array] = {}
-        self.taken: set[str] = set()
+        self.named: dict[str, Array] = {}
+        self.names: dict[Any, str] = {}  # by what makes two uses one array
 
-    def add(self, value: Value, role: str, name: str, shape: Shape | None = None, key: Any = ()) -> str | None:
+    def add(self, value: Value, role: str, name: str, key: Any = ()) -> str | None:
         """Enter a constant; give its name, or None where it is part of the program."""
         root = value.original()
         if root.literal:
             return None
-        key = (id(root), role in ("scale", "shift") and role, key)
-        if key not in self.arrays:
+        key = (id(root), key)
+        if key not in self.names:
             counts = root.nonzero if role == "weight" else None
-            self.arrays[key] = Array(
+            array = Array(
                 name=self.unique("+".join(root.names) or name),
                 role=role,
-                shape=shape or root.shape,
+                shape=root.shape,
                 bits=root.bits,
                 nonzero=counts() if counts else None,
                 masked=root.masked,
             )
-        return self.arrays[key].name
+            self.enter(key, array)
+        return self.names[key]
 
     def add_new(self, name: str, role: str, shape: Shape, key: Any) -> str:
         """Enter what folding makes."""
-        if key not in self.arrays:
-            self.arrays[key] = Array(name=self.unique(name), role=role, shape=shape, bits=32)
-        return self.arrays[key].name
+        if key not in self.names:
+            self.enter(key, Array(name=self.unique(name), role=role, shape=shape, bits=32))
+        return self.names[key]
+
+    def enter(self, key: Any, array: Array) -> None:
+        self.names[key] = array.name
+        self.named[array.name] = array
 
     def unique(self, name: str) -> str:
         count, chosen = 1, name
-        while chosen in self.taken:
+        while chosen in self.named:
             count, chosen = count + 1, f"{name}#{count + 1}"
-        self.taken.add(chosen)
         return chosen
 
 
@@ -244,8 +237,7 @@ def _line(node: Node, fold: Fold | None, into: str | None, store: _Store, live_b
     own_bias = bool(at) and len(node.inputs) > at and node.inputs[at] is not None
     bias = own_bias or bool(fold and fold.bias)
     names = () if into else _arrays(node, fold, store)
-    held = {array.name: array for array in store.arrays.values()}
-    kept = held[names[0]] if weight is not None and names and not weight.original().literal else None
+    kept = store.named[names[0]] if weight is not None and names and not weight.original().literal else None
     read = [value.bits for value in node.inputs if value is not None and not value.fixed]
     return Line(
         name=node.name,
@@ -256,7 +248,7 @@ def _line(node: Node, fold: Fold | None, into: str | None, store: _Store, live_b
         taps=cost.taps,
         weights=weight.numel if weight is not None and not into else 0,
         nonzero=kept.nonzero if kept else None,
-        constants=sum(held[name].numel for name in names if held[name] is not kept),
+        constants=sum(store.named[name].numel for name in names if store.named[name] is not kept),
         mults=cost.mults,
         adds=cost.adds + node.n * (bias and not own_bias),
         macs=cost.macs,
@@ -272,24 +264,6 @@ def _line(node: Node, fold: Fold | None, into: str | None, store: _Store, live_b
     )
 
 
-def _lifetimes(nodes: list[Node], graph: Graph) -> list[int]:
-    """Bytes alive while each node runs: from where memory is first written to where it is last read."""
-    last: dict[int, int] = {}
-    for index, node in enumerate(nodes):
-        for value in (*node.inputs, *node.outputs):
-            if value is not None and not value.fixed:
-                last[id(value.memory())] = index
-    # The caller holds the image, and takes the result.
-    last |= {id(value.memory()): len(nodes) for value in (*graph.inputs, *graph.outputs)}
-    alive = {id(value): value.bytes for value in graph.inputs}
-    sizes = []
-    for index, node in enumerate(nodes):
-        alive |= {id(v.memory()): v.memory().bytes for v in node.outputs if not v.memory().fixed}
-        sizes.append(sum(alive.values()))
-        alive = {key: size for key, size in alive.items() if last.get(key, -1) > index}
-    return sizes
-
-
 def build(graph: Graph, *, allow_unknown: bool = False) -> Ledger:
     """Bring a network to its deployed form and list what it computes and what it stores.
 
@@ -300,7 +274,7 @@ def build(graph: Graph, *, allow_unknown: bool = False) -> Ledger:
     Raises:
         UnknownOperation: There are some, and they are not allowed.
     """
-    nodes = _needed(fold_constants(graph), graph.outputs)
+    nodes = needed(fold_constants(graph), graph.outputs)
     unknown = tuple(dict.fromkeys(f"{node.name} ({node.op})" for node in nodes if node.op not in FORMULAS))
     if unknown and not allow_unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
@@ -309,7 +283,7 @@ def build(graph: Graph, *, allow_unknown: bool = False) -> Ledger:
     store = _Store()
     # A copy of constants moved about, such as a class token put before the others, must be stored like any other.
     silent = (*VIEWS, "move", "where", "logical", "literal")
-    lines, sizes = [], _lifetimes(nodes, graph)
+    lines, sizes = [], lifetimes(nodes, graph)
     for node, size in zip(nodes, sizes, strict=True):
         line = _line(node, folds.get(id(node)), into.get(id(node)), store, size)
         if node.op not in silent or line.arrays:
@@ -319,7 +293,7 @@ def build(graph: Graph, *, allow_unknown: bool = False) -> Ledger:
             store.add(value, "constant", "output")
     return Ledger(
         lines=tuple(lines),
-        arrays=tuple(store.arrays.values()),
+        arrays=tuple(store.named.values()),
         params=graph.params,
         peak_bytes=max(sizes, default=0),
         input_size=graph.input_size,

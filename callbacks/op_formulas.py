@@ -40,47 +40,37 @@ class Cost:
     comparisons: int = 0
 
 
-def _products(node: Node, products: int, taps: int, bias: bool) -> Cost:
-    # A sum of k products takes k - 1 additions, the bias one more.
-    return Cost(mults=products, adds=products - node.n + bias * node.n, taps=taps, macs=products)
-
-
 def _has(node: Node, index: int) -> bool:
     return len(node.inputs) > index and node.inputs[index] is not None
 
 
+def _products(node: Node, products: int, taps: int, bias: int = 2) -> Cost:
+    # A sum of k products takes k - 1 additions, the bias (the input of that index) one more.
+    return Cost(mults=products, adds=products - node.n + _has(node, bias) * node.n, taps=taps, macs=products)
+
+
 def _conv(node: Node) -> Cost:
     taps = math.prod(node.inputs[1].shape[1:])
-    return _products(node, taps * node.n, taps, _has(node, 2))
+    return _products(node, taps * node.n, taps)
 
 
 def _conv_transpose(node: Node) -> Cost:
     # Every weight meets every input position of its channel once.
-    _, out_per_group, *kernel = node.inputs[1].shape
+    c_in, out_per_group, *kernel = node.inputs[1].shape
     products = node.inputs[0].numel * out_per_group * math.prod(kernel)
-    c_in = node.inputs[1].shape[0]
-    return _products(node, products, math.prod(kernel) * c_in // node.attrs["groups"], _has(node, 2))
+    return _products(node, products, math.prod(kernel) * c_in // node.attrs["groups"])
 
 
 def _linear(node: Node) -> Cost:
+    # Matrix products, too.
     taps = node.attrs.get("taps") or node.inputs[0].shape[-1]
-    return _products(node, taps * node.n, taps, _has(node, 2))
-
-
-def _matmul(node: Node) -> Cost:
-    taps = node.attrs.get("taps") or node.inputs[0].shape[-1]
-    return _products(node, taps * node.n, taps, False)
-
-
-def _addmm(node: Node) -> Cost:
-    taps = node.attrs["taps"]
-    return _products(node, taps * node.n, taps, _has(node, 2))
+    return _products(node, taps * node.n, taps)
 
 
 def _bilinear(node: Node) -> Cost:
     # x1' W x2: for each output in1*in2 products with the weights, and in2 with the second input.
     _, in1, in2 = node.inputs[2].shape
-    return _products(node, (in1 * in2 + in2) * node.n, in1 * in2 + in2, _has(node, 3))
+    return _products(node, (in1 * in2 + in2) * node.n, in1 * in2 + in2, bias=3)
 
 
 def _attention(node: Node) -> Cost:
@@ -239,15 +229,12 @@ FORMULAS: dict[str, Callable[[Node], Cost]] = {
     **dict.fromkeys((*VIEWS, "move", "logical", "where", "literal"), _free),
     **dict.fromkeys(("avg_pool", "global_avg_pool"), _avg_pool),
     **dict.fromkeys(("amax", "argmax", "prod"), _compare_all),
+    **dict.fromkeys(("linear", "matmul", "addmm", "einsum"), _linear),
     **dict.fromkeys(("var", "std"), _variance),
     **dict.fromkeys(("softmax", "log_softmax"), _softmax),
     "conv2d": _conv,
     "conv_transpose2d": _conv_transpose,
-    "linear": _linear,
-    "matmul": _matmul,
     "bilinear": _bilinear,
-    "einsum": _matmul,
-    "addmm": _addmm,
     "attention": _attention,
     "layer_norm": _layer_norm,  # attrs: size of a group; group and instance normalisation, too
     "rms_norm": _rms_norm,

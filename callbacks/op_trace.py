@@ -1,8 +1,7 @@
-"""Every operation that a network runs for one image, one line for each, and the fastai entry's score made of them.
+"""A torch network as a graph of every operation that it runs for one image.
 
-`count_ops` traces a copy of a module with `torch.export` and yields one `Line` for every operation that runs: layers,
-functional calls, residual adds; a module called twice gives two lines. What each costs is in `op_formulas.py`.
-`seed_cost` and `seed_score` say which lines the fastai entry to the MicroNet Challenge (2019) counted, and how.
+`trace` reads a copy of a module with `torch.export`: layers, functional calls, residual adds; a module called twice is
+there twice. `count_ops` gives the graph's lines, each with its cost: `ledger.py` makes them, by `op_formulas.py`.
 
 One trace takes about 0.1 to 1 s, the first in a process 1 s more. No storage is copied and no arithmetic is done.
 Hooks are not run, so what a forward hook does to the data is not counted (what torch's weight_norm and prune compute by
@@ -11,16 +10,18 @@ hooks is weights, not data). BatchNorm, dropout and extra heads are counted as i
 
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from callbacks.aten import LITERAL, READERS, Call, shape_of, tensor_of
+from callbacks.aten import LITERAL, READERS
+from callbacks.aten_call import Call, tensor_of
 from callbacks.copies import copied, on_cpu, on_meta
 from callbacks.graph import Graph, Node, Shape, Value
 from callbacks.ledger import Line, build
+from callbacks.own_tensors import Tensors, bits_of
 
 # Higher-order operations that run their body exactly once.
 _WRAPPERS = ("wrap", "wrap_with_autocast", "wrap_with_set_grad_enabled", "wrap_activation_checkpoint")
@@ -31,60 +32,10 @@ class TraceError(ValueError):
     """A module that cannot be traced, so that its cost is unknown."""
 
 
-class _Tensors:
-    """A network's own tensors: a constant for each, whatever names it goes by."""
-
-    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor] | None) -> None:
-        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-        self.model, self.own = model, dict(named)
-        self.masks = masks
-        self.values: dict[int, Value] = {}
-
-    def value(self, name: str, traced: Tensor) -> Value:
-        tensor = self.own[name] if name in self.own else self.attribute(name)
-        key = id(traced) if tensor is None else id(tensor)
-        if key not in self.values:
-            known = tensor is not None and not tensor.is_meta
-            mask = self.mask(name, tensor)
-            self.values[key] = Value(
-                shape=tuple(traced.shape),
-                bits=_bits(traced),
-                fixed=True,
-                literal=tensor is None and traced.numel() == 1,  # a number that a forward makes a tensor of
-                names=(name,),
-                nonzero=self.count(tensor, mask) if known else None,
-                masked=None if self.masks is None and mask is None else mask is not None,
-            )
-        return self.values[key]
-
-    def attribute(self, name: str) -> Tensor | None:
-        """A tensor that is neither parameter nor buffer, such as the product that torch's pruning keeps."""
-        try:
-            found = operator.attrgetter(name)(self.model)
-        except AttributeError:  # made by the trace
-            return None
-        return found if isinstance(found, Tensor) else None
-
-    def mask(self, name: str, tensor: Tensor | None) -> Tensor | None:
-        """The mask that declares a tensor's zeros, by whatever name the tensor goes."""
-        others = [other for other, own in self.own.items() if own is tensor]
-        for alias in (name, *others):
-            if self.masks is not None and alias in self.masks:
-                return self.masks[alias]
-            if f"{alias}_mask" in self.own:  # torch.nn.utils.prune's
-                return self.own[f"{alias}_mask"]
-        return None
-
-    @staticmethod
-    def count(tensor: Tensor, mask: Tensor | None) -> Callable[[], int]:
-        """What is kept: what a mask keeps, zeros among it too; without a mask what is not zero."""
-        return lambda: int((tensor if mask is None else mask).detach().count_nonzero())
-
-
 class _Reader:
     """Reads the graph of an exported program, in the order in which it runs."""
 
-    def __init__(self, program: torch.export.ExportedProgram, modules: dict[str, nn.Module], tensors: _Tensors):
+    def __init__(self, program: torch.export.ExportedProgram, modules: dict[str, nn.Module], tensors: Tensors):
         self.nodes: list[Node] = []
         self.tensors = tensors
         self.made: dict[tuple[Any, ...], Value] = {}
@@ -109,7 +60,7 @@ class _Reader:
         tensor = tensor_of(node)
         if not isinstance(tensor, Tensor):
             tensor = torch.empty(())
-        value = Value(shape=tuple(tensor.shape), bits=_bits(tensor))
+        value = Value(shape=tuple(tensor.shape), bits=bits_of(tensor))
         memory = tensor.untyped_storage()._cdata
         value.storage = self.storages.get(memory)
         self.storages.setdefault(memory, value)
@@ -157,11 +108,8 @@ class _Reader:
         self.values[node] = self.values[output.all_input_nodes[0]]
 
     def node(self, node: fx.Node) -> Node:
-        name = node.target._schema.name.removeprefix("aten::").replace("::", ".")
-        # In place matters where something else reads that memory.
-        in_place, name = name.endswith("_"), name.rstrip("_")
-        call = Call(name, node, _arguments(node), shape_of(node))
-        op, read, attrs = READERS.get(name, lambda call: (name, call.all_nodes(), {}))(call)
+        call = Call.of(node)
+        op, read, attrs = READERS[call.op](call) if call.op in READERS else (call.op, call.all_nodes(), {})
         inputs = tuple(self.values.get(n) if n is not None else None for n in read)
         op, inputs, attrs = _with_weights(op, inputs, attrs, len(call.out))
         given = [v for v in inputs if v is not None]
@@ -175,10 +123,11 @@ class _Reader:
             out = self.give(node)
             self.made[key] = out
         out.fixed, out.literal = fixed, all(v.literal for v in given)
-        if in_place and not fixed and given[0].fixed:
+        # In place matters where something else reads that memory.
+        if call.in_place and not fixed and given[0].fixed:
             self.write(out.memory())
         path, kind = self.owner(node, op)
-        return Node(op=op, inputs=inputs, outputs=(out,), attrs=attrs, name=path, module=kind, in_place=in_place)
+        return Node(op=op, inputs=inputs, outputs=(out,), attrs=attrs, name=path, module=kind, in_place=call.in_place)
 
     def write(self, memory: Value) -> None:
         """What is put into a constant's memory makes it depend on the image, by every name it goes by."""
@@ -221,19 +170,7 @@ def _with_weights(
     return op, inputs, attrs
 
 
-def _bits(tensor: Tensor) -> int:
-    # A network's own floating-point type is how it is stored for now, not what it is: all count as 32 bits.
-    return 1 if tensor.dtype is torch.bool else 32
-
-
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a call by their names in ATen's schema, defaults filled in."""
-    declared = node.target._schema.arguments
-    given = dict(zip((a.name for a in declared), node.args, strict=False)) | node.kwargs
-    return {a.name: given.get(a.name, a.default_value if a.has_default_value() else None) for a in declared}
-
-
-def _export(model: nn.Module, input_sizes: Sequence[Shape], tensors: _Tensors, params: int) -> Graph:
+def _export(model: nn.Module, input_sizes: Sequence[Shape], tensors: Tensors, params: int) -> Graph:
     first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     images = tuple(torch.empty((1, *size), dtype=first.dtype, device=first.device) for size in input_sizes)
     with warnings.catch_warnings(), torch.no_grad():  # so that a model's own no_grad blocks do not become sub-graphs
@@ -244,10 +181,10 @@ def _export(model: nn.Module, input_sizes: Sequence[Shape], tensors: _Tensors, p
 
 
 def _sizes(input_size: Any) -> tuple[Shape, ...]:
-    if not isinstance(input_size, Sequence):
-        raise ValueError(f"input_size must be positive whole numbers (C, H, W), got {input_size!r}")
-    several = bool(input_size) and all(isinstance(size, Sequence) for size in input_size)
-    sizes = tuple(tuple(size) for size in (input_size if several else [input_size]))
+    sizes: tuple[Shape, ...] = ()
+    if isinstance(input_size, Sequence):
+        several = bool(input_size) and all(isinstance(size, Sequence) for size in input_size)
+        sizes = tuple(tuple(size) for size in (input_size if several else [input_size]))
     if not sizes or not all(size and all(isinstance(n, int) and n > 0 for n in size) for size in sizes):
         raise ValueError(f"input_size must be positive whole numbers (C, H, W), got {input_size!r}")
     return sizes
@@ -275,7 +212,7 @@ def trace(
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     if any(nn.parameter.is_lazy(p) for p in model.parameters()):
         raise TraceError(f"{type(model).__name__} has parameters without a shape yet: run it once first")
-    tensors, params = _Tensors(model, masks), total_params(model)
+    tensors, params = Tensors(model, masks), total_params(model)
     try:
         return _export(copied(model, on_meta), sizes, tensors, params)
     except TraceError:

@@ -135,9 +135,10 @@ def score(
         print(f"micronet: --trust: reading {model} runs whatever code it holds", file=sys.stderr)
     from micronet.model_source import open_model
 
+    build, size = find_users_factory(factory), parse_size(input_size)
+
     def open_it(name: str) -> "ModelSource":
-        build = find_users_factory(factory)
-        return open_model(name, input_size=parse_size(input_size), factory=build, arch=arch, trust=trust)
+        return open_model(name, input_size=size, factory=build, arch=arch, trust=trust)
 
     source = open_it(model)
     accuracy = _measure(source, data, data_dir, device)
@@ -163,8 +164,13 @@ def _refuse_together(given: dict[str, bool]) -> None:
 
 
 # What the options of `Rules` are called on the command line, where that is shorter.
-_FLAGS = {"max_pool": "max-pool", "free_batch_norm": "free-bn", "int_acc_bits": "acc", "adder_tree": "adder-tree"}
-_FLAGS["freebie"] = "no-freebie"
+_FLAGS = {
+    "freebie": "no-freebie",
+    "max_pool": "max-pool",
+    "free_batch_norm": "free-bn",
+    "int_acc_bits": "acc",
+    "adder_tree": "adder-tree",
+}
 
 
 def _rules(name: str, options: dict[str, Any]) -> "list[Rules]":
@@ -205,8 +211,9 @@ def _measure(source: "ModelSource", data: str | None, data_dir: Path | None, dev
 
 
 def _print(scores: "list[Score]", *, json: bool, csv: bool, markdown: bool, explain: bool) -> None:
-    from micronet.score_report import all_rules_table, footer, score_table, summary, to_csv, to_markdown, totals_table
-    from micronet.score_report import explain as in_words
+    from micronet.score_report import all_rules_table, footer, score_table, summary, to_csv, totals_table
+    from micronet.score_writeup import explain as in_words
+    from micronet.score_writeup import to_markdown
 
     if json:
         from json import dumps

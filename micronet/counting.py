@@ -78,10 +78,7 @@ class Tally:
 
 
 def stored_bits(array: Array, bits: int, assume: Assume) -> tuple[float, float]:
-    """What an array takes in a file, and the share of it that is kept.
-
-    A tensor is sparse where a mask declares it so; where nothing can declare it, where mask and values are smaller than
-    all values. A mask takes one bit for each element.
+    """What an array takes in a file, and the share of it that is kept: as `Array.stored`, or as it is assumed.
 
     Args:
         array: The array.
@@ -94,12 +91,7 @@ def stored_bits(array: Array, bits: int, assume: Assume) -> tuple[float, float]:
     if array.role == "weight" and assume.sparsity is not None:
         density = 1 - assume.sparsity
         return array.numel * bits * density + (array.numel if assume.sparsity > 0 else 0), density
-    if array.role != "weight" or array.nonzero is None or array.masked is False or array.nonzero == array.numel:
-        return array.numel * bits, 1.0
-    sparse = array.nonzero * bits + array.numel
-    if array.masked or sparse < array.numel * bits:
-        return sparse, array.nonzero / array.numel
-    return array.numel * bits, 1.0
+    return array.stored(bits)
 
 
 def _exact(value: float) -> float:
@@ -168,17 +160,19 @@ def _official_line(
     mults, adds = _official_counts(line, rules, density)
     weight, act = width(line.weight_bits or line.act_bits), width(line.act_bits)
     mult_bits = 1 if line.weights and weight == 1 else max(weight, act)
-    acc_bits = assume.acc or (rules.int_acc_bits if _sums_integers(line) else None) or line.acc_bits
+    line = replace(line, weight_bits=weight if line.weights else 0, act_bits=act)
+    integers = _sums_integers(line)
+    acc_bits = assume.acc or (rules.int_acc_bits if integers else None) or line.acc_bits
     add_bits = adds * acc_bits
-    if rules.adder_tree and line.weights and weight < 16 and act < 16:
+    if rules.adder_tree and integers:
         sums = mults - line.outputs  # what is left are biases
         add_bits = _tree_bits(mults / line.outputs, weight + act) * line.outputs + (adds - sums) * WORD
     ops = mults * mult_bits / WORD + add_bits / WORD
-    widths = {"weight_bits": weight if line.weights else 0, "act_bits": act, "acc_bits": acc_bits}
-    return replace(line, mults=mults, adds=adds, ops=ops, **widths)
+    return replace(line, mults=mults, adds=adds, ops=ops, acc_bits=acc_bits)
 
 
 def _sums_integers(line: Line) -> bool:
+    """Whether a line sums products of codes, by the widths that it counts with, assumed ones among them."""
     return line.weights > 0 and line.weight_bits < 16 and line.act_bits < 16
 
 
@@ -203,11 +197,13 @@ def _official_notes(ledger: Ledger, rules: "Rules", counted: list[Line]) -> list
     if left:
         cost = "cost nothing" if rules.free_batch_norm else "count: 1 multiplication, 1 addition, 2 numbers a channel"
         notes.append(f"{left} BatchNorm(s) that cannot be folded {cost}")
-    if rules.int_acc_bits:
-        notes.append(
-            f"integer sums in {rules.int_acc_bits}-bit accumulators, as you state: nothing in a file proves it"
-        )
-    if rules.adder_tree:
+    integers = any(_sums_integers(line) for line in counted)
+    if not integers and (rules.int_acc_bits or rules.adder_tree):
+        notes.append("no integers are summed here: what you state of accumulators or an adder tree changes nothing")
+    if integers and rules.int_acc_bits:
+        width = f"{rules.int_acc_bits}-bit"
+        notes.append(f"integer sums in {width} accumulators, as you state: nothing in a file proves it")
+    if integers and rules.adder_tree:
         notes.append("integer sums by an adder tree, as you state")
     if any(line.adds < 0 for line in counted):
         notes.append("additions below zero where fewer than one tap is left: the published formula does that")
@@ -257,20 +253,18 @@ def count_imt(ledger: Ledger, rules: "Rules", assume: Assume) -> Tally:
     qa = rules.qa or assume.bits or max((line.act_bits for line in ledger.lines), default=WORD)
     if rules.ps + pu > 1:
         raise ValueError(f"ps + pu must be a share of the weights, at most 1, got {rules.ps} + {pu}")
-    said = [f"ps={rules.ps:g}, pu={pu:g}, qw={qw}, qa={qa}, w={params:,}, f={sum(li.macs for li in ledger.lines):,}"]
+    macs, ops_per_mac = sum(line.macs for line in ledger.lines), (1 - rules.ps) * max(qw, qa) / WORD
+    said = [f"ps={rules.ps:g}, pu={pu:g}, qw={qw}, qa={qa}, w={params:,}, f={macs:,}"]
     if rules.ps:
         said.append("w and f of a pruned network are already smaller: (1 - ps) counts the same pruning twice")
-    lines = tuple(
-        replace(line, mults=line.macs, adds=line.macs, ops=(1 - rules.ps) * max(qw, qa) / WORD * line.macs)
-        for line in ledger.lines
-    )
+    lines = tuple(replace(line, mults=line.macs, adds=line.macs, ops=ops_per_mac * line.macs) for line in ledger.lines)
     storage = (1 - (rules.ps + pu)) * qw / WORD * params
     return Tally(
         lines=lines,
         params=params,
         storage=_exact(storage),
         score_params=storage / rules.params_norm,
-        score_ops=(1 - rules.ps) * max(qw, qa) / WORD * sum(li.macs for li in ledger.lines) / rules.ops_norm,
+        score_ops=ops_per_mac * macs / rules.ops_norm,
         notes=(*notes, *said),
     )
 

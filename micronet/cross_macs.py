@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from callbacks.graph import Graph, Node
-from callbacks.ledger import WEIGHTED, Ledger, Line, fold_constants
+from callbacks.graph import Node
+from callbacks.ledger import WEIGHTED, Ledger, Line
+from callbacks.liveness import fold_constants, needed
 from callbacks.op_formulas import FORMULAS, Cost
 from callbacks.seed import torchstat_cost
 from micronet.model_source import ModelSource
@@ -69,7 +70,7 @@ class Network:
     def __init__(self, source: ModelSource, ledger: Ledger, paths: Paths):
         graph = source.graph()
         self.ledger, self.paths, self.nodes = ledger, paths, graph.nodes
-        self.used = _used(graph)
+        self.used = {id(node) for node in needed(graph.nodes, graph.outputs)}
         on_image = fold_constants(graph)
         self.live = [node for node in on_image if id(node) in self.used]
         live = {id(node) for node in on_image}
@@ -97,17 +98,6 @@ class Network:
         for node in self.nodes:
             if macs := _cost(node).macs:
                 yield self.owner(node), node, macs
-
-
-def _used(graph: Graph) -> set[int]:
-    """What the outputs depend on: each operation that writes memory which one of these reads, or the caller."""
-    read = {id(value.memory()) for value in graph.outputs}
-    used = set()
-    for node in reversed(graph.nodes):
-        if any(id(value.memory()) in read for value in node.outputs):
-            used.add(id(node))
-            read |= {id(value.memory()) for value in node.inputs if value is not None}
-    return used
 
 
 def _sum(counts: Iterable[tuple[str, int]]) -> Counter[str]:

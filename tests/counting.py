@@ -1,7 +1,22 @@
-"""Networks computed number by number, every multiplication and addition counted as it happens."""
+"""Networks made for counting; and networks computed number by number, each multiplication and addition counted."""
 
 import itertools
 import math
+
+from torch import nn
+
+
+class Run(nn.Module):
+    """A module whose forward is a function of it and its inputs; its layers, parameters and other parts by name."""
+
+    def __init__(self, forward, **parts):
+        super().__init__()
+        self.run = forward
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *xs):
+        return self.run(self, *xs)
 
 
 class Counted:

@@ -18,24 +18,6 @@ QUICKSTART = str(ROOT / "recipes" / "quickstart.py")
 COMMANDS = ["fit", "score", "evaluate", "lr-find", "data fetch", "data show"]
 
 
-@pytest.fixture
-def call(capsys, monkeypatch):
-    """Run a command line in this process; returns exit status, standard output, standard error."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["micronet", *map(str, arguments)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as end:
-            status = end.code or 0
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    monkeypatch.delenv("MICRONET_DATA", raising=False)
-    return run
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A run folder that the command itself made."""
@@ -197,7 +179,7 @@ def test_wrong_setting_is_usage(call):
     assert "NAME=VALUE" in err
 
 
-def test_evaluate_refuses_other_classes(trained, call, tmp_path):
+def test_evaluate_refuses_other_classes(trained, call, cache, tmp_path):
     from PIL import Image
 
     for split in ("train", "test"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from counting import Run
 from rich.console import Console
 from test_score import vectors
 from torch import nn
@@ -21,19 +22,6 @@ from micronet.model_source import ModelSource, open_model
 from micronet.models import resnet20, separable_net, wide_resnet
 
 HALF = "FlopCounterMode / 2"
-
-
-class Net(nn.Module):
-    """Layers and parameters by name, and a function of them and the image as the forward."""
-
-    def __init__(self, run, **parts):
-        super().__init__()
-        for name, part in parts.items():
-            setattr(self, name, part)
-        self.run = run
-
-    def forward(self, x):
-        return self.run(self, x)
 
 
 def weight(*shape):
@@ -130,7 +118,7 @@ def test_functions_and_parameters_of_blocks_are_not_seen_by_hooks():
         return F.linear(x.flatten(1), net.weight)
 
     rows = checked(
-        Net(run, conv=nn.Conv2d(3, 2, 3), kernel=weight(2, 3, 3, 3), shift=weight(3, 8, 8), weight=weight(5, 72))
+        Run(run, conv=nn.Conv2d(3, 2, 3), kernel=weight(2, 3, 3, 3), shift=weight(3, 8, 8), weight=weight(5, 72))
     )
     outside = " outside a layer's call"
     assert why(rows, "torchstat") == {
@@ -173,7 +161,7 @@ def test_what_else_makes_stored_numbers_other_than_parameters():
         return x + net.table + net.plain
 
     parts = {"norm": nn.BatchNorm2d(3, affine=False), "a": nn.BatchNorm2d(2), "b": nn.BatchNorm2d(2)}
-    net = Net(run, conv=nn.Conv2d(3, 2, 1, bias=False), scale=weight(2, 1, 1), plain=torch.randn(8), **parts)
+    net = Run(run, conv=nn.Conv2d(3, 2, 1, bias=False), scale=weight(2, 1, 1), plain=torch.randn(8), **parts)
     net.register_buffer("table", torch.randn(8, 8))
     rows = checked(net)
     assert rows["torch", "parameters"].ours == 2 * 3 + 2 * (6 + 2) + 64 + 8
@@ -196,7 +184,7 @@ def test_attention(fused):
             return F.scaled_dot_product_attention(q, k, v)
         return (q @ k.transpose(1, 2)).softmax(-1) @ v
 
-    rows, n = checked(Net(run, qkv=nn.Linear(3, 12))), 64 * 64
+    rows, n = checked(Run(run, qkv=nn.Linear(3, 12))), 64 * 64
     assert rows[HALF, "MACs"].ours == 36 * 64 + 2 * 4 * n
     assert why(rows, HALF) == {}
     assert why(rows, "fvcore") == ({"scaled_dot_product_attention": -8 * n} if fused else {})
@@ -209,7 +197,7 @@ def test_a_network_that_reads_values_runs_on_real_tensors():
         x = x.flatten(1, 2)[None] * net.signs.tolist()[1]
         return F.scaled_dot_product_attention(x, x, x)
 
-    rows = checked(Net(run, signs=torch.ones(2)))  # a meta tensor has no list
+    rows = checked(Run(run, signs=torch.ones(2)))  # a meta tensor has no list
     assert rows[HALF, "MACs"].theirs == rows[HALF, "MACs"].ours == 2 * 24 * 24 * 8
 
 
@@ -223,7 +211,7 @@ def test_transformer_layers_of_torch_run_as_written():
 
 
 def test_what_constants_alone_feed():
-    net = Net(lambda net, x: net.conv(x) + net.embed(net.table), conv=nn.Conv2d(3, 4, 1), embed=nn.Conv2d(2, 4, 1))
+    net = Run(lambda net, x: net.conv(x) + net.embed(net.table), conv=nn.Conv2d(3, 4, 1), embed=nn.Conv2d(2, 4, 1))
     net.register_buffer("table", torch.randn(1, 2, 8, 8))
     rows = checked(net)
     constant, bias = {"layers fed by constants alone": 8 * 64}, {"biases of convolutions": 2 * 4 * 64}
@@ -241,7 +229,7 @@ def test_layers_that_torchstat_does_not_know():
     def run(net, x):
         return net.signal(net.up(x).flatten(2))
 
-    rows = checked(Net(run, up=nn.ConvTranspose2d(3, 2, 3, stride=2, bias=False), signal=nn.Conv1d(2, 4, 5)))
+    rows = checked(Run(run, up=nn.ConvTranspose2d(3, 2, 3, stride=2, bias=False), signal=nn.Conv1d(2, 4, 5)))
     up, signal = 54 * 64, 10 * 4 * (17 * 17 - 4)
     assert why(rows, "torchstat") == {"ConvTranspose2d": -up, "Conv1d": -signal}
     assert why(rows, HALF) == why(rows, "fvcore") == {}
@@ -251,15 +239,15 @@ def test_layers_that_torchstat_does_not_know():
 
 
 def test_matrix_products_that_others_count_otherwise():
-    rows = checked(Net(lambda net, x: net.w @ x, w=weight(5, 8)))
+    rows = checked(Run(lambda net, x: net.w @ x, w=weight(5, 8)))
     assert why(rows, "fvcore") == {"matrix products whose first factor is used many times": -2 * 5 * 8 * 8}
     assert why(rows, HALF) == {}
-    rows = checked(Net(lambda net, x: torch.einsum("bchw,wd->bchd", x, net.w), w=weight(8, 77)))
+    rows = checked(Run(lambda net, x: torch.einsum("bchw,wd->bchd", x, net.w), w=weight(8, 77)))
     assert why(rows, "fvcore") == {"einsum": 2.957e4 / 2 - 24 * 8 * 77}
-    rows = checked(Net(lambda net, x: x @ net.w, w=weight(8)))
+    rows = checked(Run(lambda net, x: x @ net.w, w=weight(8)))
     assert why(rows, HALF) == {"bilinear layers and products with a vector": -192}
     assert (rows["fvcore", "MACs"].theirs, rows["fvcore", "MACs"].note[:5]) == (None, "fails")
-    rows = checked(Net(lambda net, x: net.pair(x[:, 0, 0], x[:, 0, 1]), pair=nn.Bilinear(8, 8, 5)))
+    rows = checked(Run(lambda net, x: net.pair(x[:, 0, 0], x[:, 0, 1]), pair=nn.Bilinear(8, 8, 5)))
     assert why(rows, HALF) == {"bilinear layers and products with a vector": -(64 + 8) * 5}
     assert why(rows, "fvcore") == {"bilinear": -(64 + 8) * 5}
     rows = checked(nn.Conv2d(3, 4, 3, padding="same"))
@@ -268,7 +256,7 @@ def test_matrix_products_that_others_count_otherwise():
 
 def test_what_we_have_no_rule_for():
     w = weight(8, 8)
-    rows = checked(Net(lambda net, x: torch.einsum("bchw,wd,de->bche", x, net.w, net.w), w=w), allow_unknown=True)
+    rows = checked(Run(lambda net, x: torch.einsum("bchw,wd,de->bche", x, net.w, net.w), w=w), allow_unknown=True)
     assert rows[HALF, "MACs"].ours == 0
     assert why(rows, HALF) == {"operations without a rule here": 2 * 192 * 8}
 
@@ -278,7 +266,7 @@ def test_what_nothing_uses():
         net.aside(x)
         return net.conv(x)
 
-    rows = checked(Net(run, conv=nn.Conv2d(3, 2, 1), aside=nn.Conv2d(3, 4, 1), head=nn.Conv2d(3, 9, 1)))
+    rows = checked(Run(run, conv=nn.Conv2d(3, 2, 1), aside=nn.Conv2d(3, 4, 1), head=nn.Conv2d(3, 9, 1)))
     assert why(rows, HALF) == {"results that nothing reads": 12 * 64}
     assert why(rows, "fvcore") == {}
     assert why(rows, "torch", "parameters") == {"parameters that nothing reads": 16 + 36}
@@ -290,7 +278,7 @@ def test_a_batch_made_of_one_image():
     def run(net, x):
         return net.fc(x.flatten(0, 1).flatten(1))  # each channel a row
 
-    rows = checked(Net(run, fc=nn.Linear(64, 5)))
+    rows = checked(Run(run, fc=nn.Linear(64, 5)))
     assert why(rows, "torchstat") == {}
     batch = "layers that get a batch made of one image"
     assert why(rows, "torchstat", "mults + adds") == {batch: -2 * 127 * 5, "linear layers": -15}
@@ -418,6 +406,6 @@ def test_a_network_that_cannot_run_is_named():
             raise RuntimeError("not today")
         return net.conv(x)
 
-    source = open_model(Net(run, conv=nn.Conv2d(3, 4, 3)))
-    with pytest.raises(MicronetError, match=r"Net: can't be run for the cross-check: not today"):
+    source = open_model(Run(run, conv=nn.Conv2d(3, 4, 3)))
+    with pytest.raises(MicronetError, match=r"Run: can't be run for the cross-check: not today"):
         cross_check(source, source.ledger())

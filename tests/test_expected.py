@@ -25,7 +25,7 @@ NETWORKS = {
 
 
 class Declares(Callback):
-    """A method as it looks from outside."""
+    """A method as it looks from outside: what it does to the fit is left out."""
 
     def __init__(self, **expected) -> None:
         super().__init__()

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from counting import Counted, averaged, convolved, paired, pixels, relu, sigmoid, transformed
+from counting import Counted, Run, averaged, convolved, paired, pixels, relu, sigmoid, transformed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -20,19 +20,6 @@ from micronet.rules import official
 from micronet.score import tally
 
 SIZE = (4, 8, 8)
-
-
-class Run(nn.Module):
-    """A module whose forward is a function of it and its inputs."""
-
-    def __init__(self, forward, **children):
-        super().__init__()
-        self.run = forward
-        for name, child in children.items():
-            setattr(self, name, child)
-
-    def forward(self, *xs):
-        return self.run(self, *xs)
 
 
 def ledger_of(forward, size=SIZE, **children):

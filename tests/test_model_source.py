@@ -13,15 +13,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from counting import Run
 from onnx_graphs import node, ones
 from onnx_graphs import save as save_graph
 from rich.console import Console
-from test_score import Odd
 from torch import nn
-from typer.testing import CliRunner
 
 from micronet.bundle import Bundle, load, save
-from micronet.cli import app
 from micronet.errors import MicronetError
 from micronet.factories import describe_factory
 from micronet.model_source import build_named, open_model
@@ -30,18 +28,6 @@ from micronet.score import score
 from micronet.score_report import footer, score_table, summary, to_csv
 
 COMMITTED = Path(__file__).parent / "data" / "resnet20_cifar10.pth"
-
-
-@pytest.fixture
-def call():
-    """Run the command line in this process; status, standard output, and the error that `main` would print."""
-
-    def run(*arguments):
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-        error = str(result.exception) if isinstance(result.exception, MicronetError) else result.stderr
-        return result.exit_code, result.stdout, error
-
-    return run
 
 
 def bundle(tmp_path, net=None, **more):
@@ -215,7 +201,7 @@ def test_the_words_of_the_explanation_are_those_of_the_score(call):
 
 @pytest.mark.parametrize("form", [(), ("--csv",), ("--rules", "all"), ("--against", COMMITTED)])
 def test_what_is_uncounted_or_assumed_is_marked_in_every_form(call, form):
-    net = Odd(lambda x: torch.fft.fft(x).real)
+    net = Run(lambda self, x: torch.fft.fft(x).real)
     status, out, _ = call("score", COMMITTED, "--assume", "bits=8", *form)
     assert (status, "bits=8" in out) == (0, True)
     result = score(nn.Sequential(nn.Linear(4, 4), net), input_size=(4,), allow_unknown=True)
@@ -266,7 +252,7 @@ def test_wrong_usage_is_told_apart(call, arguments, said):
 
 
 def test_the_gate_is_measured_on_the_whole_test_set(call, archive):
-    status, out, _ = call("score", COMMITTED, "--rules", "imt", "--data", "cifar10")
+    status, out, _ = call("score", COMMITTED, "--rules", "imt", "--data", "cifar10", "-d", archive("cifar10").parent)
     assert status == 0
     assert "9,038 of 10,000 correct on cifar10 test: qualifies (9,000 of 10,000 on cifar10 are asked)" in out
     status, _, error = call("score", COMMITTED, "--data", "digits")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from counting import Counted, convolved, transformed
+from counting import Counted, Run, convolved, transformed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -20,19 +20,6 @@ from callbacks.op_trace import TraceError, count_ops, total_params, trace
 from callbacks.seed import seed_cost, torchstat_cost
 
 SIZE = (6, 8, 8)
-
-
-class _Run(nn.Module):
-    """A module whose forward is a function of it and the image."""
-
-    def __init__(self, forward, **children):
-        super().__init__()
-        self.run = forward
-        for name, child in children.items():
-            setattr(self, name, child)
-
-    def forward(self, x):
-        return self.run(self, x)
 
 
 def test_mults_and_adds_make_torchstats_sum_for_every_layer_kind_it_knows():
@@ -49,7 +36,7 @@ def test_mults_and_adds_make_torchstats_sum_for_every_layer_kind_it_knows():
         x = torch.randn(1, 6) if flat else torch.randn(1, *SIZE)
         net, inp = kind, x
         if isinstance(kind, nn.Bilinear):
-            net, inp = _Run(lambda self, x: self.layer(x[:, :2], x[:, 2:]), layer=kind), (x[:, :2], x[:, 2:])
+            net, inp = Run(lambda self, x: self.layer(x[:, :2], x[:, 2:]), layer=kind), (x[:, :2], x[:, 2:])
         out = net(x.clone())
         lines = count_ops(net, x.shape[1:])
         assert len(lines) == 1, kind
@@ -159,14 +146,14 @@ def test_each_call_of_a_module_and_each_functional_call_is_a_line():
         y = F.relu(self.conv(self.conv(x))) + x
         return F.relu6(y.relu_()) * 0.5
 
-    lines = count_ops(_Run(forward, conv=nn.Conv2d(6, 6, 3, padding=1)), SIZE)
+    lines = count_ops(Run(forward, conv=nn.Conv2d(6, 6, 3, padding=1)), SIZE)
     assert " ".join(line.op for line in lines) == "conv2d conv2d relu add relu relu6 mul"
     assert " ".join(line.name for line in lines) == "conv conv relu add relu relu6 mul"
     assert replace(lines[0], live_bytes=0) == replace(lines[1], live_bytes=0)
     assert (lines[0].mults, lines[0].weights, lines[0].constants) == (54 * 6 * 64, 324, 6)
     assert lines[0].arrays == ("conv.weight", "conv.bias")
     assert (lines[0].module, lines[0].in_shape, lines[0].out_shape) == ("Conv2d", SIZE, SIZE)
-    nested = count_ops(nn.Sequential(_Run(lambda self, x: x + self.act(x), act=nn.ReLU())), SIZE)
+    nested = count_ops(nn.Sequential(Run(lambda self, x: x + self.act(x), act=nn.ReLU())), SIZE)
     assert [line.name for line in nested] == ["0.act", "0.add"]
 
 
@@ -184,7 +171,7 @@ def test_each_call_of_a_module_and_each_functional_call_is_a_line():
     ],
 )
 def test_every_way_to_average_whole_maps_is_a_global_pool(pool):
-    (line,) = count_ops(_Run(pool), SIZE)
+    (line,) = count_ops(Run(pool), SIZE)
     assert (line.op, line.taps, line.mults, line.adds) == ("global_avg_pool", 64, 6, 6 * 63)
     assert seed_cost(line) == (6, 6 * 64)
 
@@ -204,23 +191,23 @@ def test_every_way_to_average_whole_maps_is_a_global_pool(pool):
     ],
 )
 def test_other_averages_are_no_global_pools(pool, op, mults, adds):
-    (line,) = count_ops(_Run(pool), SIZE)
+    (line,) = count_ops(Run(pool), SIZE)
     assert (line.op, line.mults, line.adds, seed_cost(line)) == (op, mults, adds, (0, 0))
 
 
 def test_a_product_with_weights_is_a_linear_layer_and_one_of_activations_is_not():
     weight, bias = nn.Parameter(torch.zeros(5, 8)), nn.Parameter(torch.zeros(5))
-    (line,) = count_ops(_Run(lambda self, x: x @ self.w.t(), w=weight), SIZE)
+    (line,) = count_ops(Run(lambda self, x: x @ self.w.t(), w=weight), SIZE)
     assert (line.op, line.mults, line.adds, line.weights) == ("linear", 48 * 40, 48 * 35, 40)
     assert line.arrays == ("w",)
-    (line,) = count_ops(_Run(lambda self, x: torch.addmm(self.b, x[0, 0], self.w.t()), w=weight, b=bias), SIZE)
+    (line,) = count_ops(Run(lambda self, x: torch.addmm(self.b, x[0, 0], self.w.t()), w=weight, b=bias), SIZE)
     assert (line.op, line.mults, line.adds, line.arrays) == ("linear", 8 * 40, 8 * 40, ("w", "b"))
-    (line,) = count_ops(_Run(lambda self, x: x @ x), SIZE)
+    (line,) = count_ops(Run(lambda self, x: x @ x), SIZE)
     assert (line.op, line.mults, line.adds, line.weights) == ("matmul", 6 * 64 * 8, 6 * 64 * 7, 0)
 
 
 def test_what_no_formula_covers_is_refused_or_listed():
-    odd = _Run(lambda self, x: torch.fft.fft(F.relu(x)).real)
+    odd = Run(lambda self, x: torch.fft.fft(F.relu(x)).real)
     with pytest.raises(UnknownOperation, match="fft"):
         build(trace(odd, SIZE))
     ledger = build(trace(odd, SIZE), allow_unknown=True)
@@ -237,16 +224,16 @@ def test_blocks_that_only_wrap_are_read_and_control_flow_is_refused():
         return checkpoint(self.conv, x, use_reentrant=False)
 
     conv = nn.Conv2d(6, 6, 1)
-    lines = count_ops(_Run(forward, conv=conv), SIZE)
+    lines = count_ops(Run(forward, conv=conv), SIZE)
     said = [(line.mults, line.constants, line.arrays) for line in lines if line.op == "conv2d"]
     assert said == [(36 * 64, 6, ("conv.weight", "conv.bias"))] * 3
-    branch = _Run(lambda self, x: torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,)))
+    branch = Run(lambda self, x: torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,)))
     with pytest.raises(TraceError, match="cond"):
         count_ops(branch, SIZE)
 
 
 def test_what_only_real_tensors_can_do_is_traced_on_the_cpu():
-    cut = _Run(lambda self, x: self.conv(x)[:, : self.n.tolist()[0]] + 1, conv=nn.Conv2d(6, 6, 1), n=torch.tensor([2]))
+    cut = Run(lambda self, x: self.conv(x)[:, : self.n.tolist()[0]] + 1, conv=nn.Conv2d(6, 6, 1), n=torch.tensor([2]))
     lines = count_ops(cut, SIZE)
     assert (lines[0].mults, lines[-1].out_shape) == (36 * 64, (2, 8, 8))
 

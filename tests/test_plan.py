@@ -2,7 +2,6 @@
 
 import json
 import random
-import sys
 import tempfile
 from dataclasses import replace
 from functools import partial
@@ -14,13 +13,14 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
 from rich.console import Console
+from test_expected import Declares
 
 import micronet.models as networks
 from callbacks.ema import EMA
-from callbacks.expected import Expected, requantised
+from callbacks.expected import requantised
 from callbacks.op_counter import OpCounter
 from callbacks.schedule import Constant, MultiStep, Step
-from micronet import RULES, Assume, Fit, MicronetError, Recipe, RunOptions, cli, run, score, sgd
+from micronet import RULES, Assume, Fit, MicronetError, Recipe, RunOptions, run, score, sgd
 from micronet.data import Augment, ImageSet, digits
 from micronet.model_source import open_model
 from micronet.plan import Plan, plan
@@ -33,17 +33,6 @@ QUICKSTART = str(ROOT / "recipes" / "quickstart.py")
 SIZE = (3, 32, 32)
 SMALL = partial(networks.separable_net, width_multiplier=0.25)
 KEPT = SMALL(num_classes=10)
-
-
-class Declares(Callback):
-    """A method as it looks to a plan: what it does to the fit is left out."""
-
-    def __init__(self, **expected) -> None:
-        super().__init__()
-        self.told = expected
-
-    def expected(self) -> Expected:
-        return Expected(**self.told)
 
 
 class OtherLoss(Callback):
@@ -80,23 +69,6 @@ def planned(*stages: Fit, model=SMALL, limit: int | None = 96, timed: bool = Fal
 
 def method(name: str, **expected) -> Fit:
     return Fit(name, epochs=0, cbs=(partial(Declares, **expected),))
-
-
-@pytest.fixture
-def call(capsys, monkeypatch):
-    """Run a command line in this process; returns exit status, standard output, standard error."""
-
-    def run_it(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["micronet", *map(str, arguments)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as end:
-            status = end.code or 0
-        return status, *capsys.readouterr()
-
-    monkeypatch.delenv("MICRONET_DATA", raising=False)
-    return run_it
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from counting import Run
 from hypothesis import given
 from hypothesis import strategies as st
-from test_ledger import Run
 from test_score import VECTORS
 from torch import nn
 from torch.nn.utils import prune
@@ -180,6 +180,24 @@ def test_the_freebie_is_for_models_that_quantise_nothing():
     assert ops(32, 32, int_acc_bits=16) == (4, 4 + 6)  # no integers to accumulate
     # Two sums of four 16-bit products: two additions at 16 bits and one at 17 for each.
     assert ops(8, 8, adder_tree=True) == (2, 2 + 2 * (2 * 16 + 17) / 32)
+
+
+@pytest.mark.parametrize("stated", [{"int_acc_bits": 16}, {"adder_tree": True}])
+def test_what_is_stated_of_integer_sums_holds_where_integers_are_summed_assumed_ones_too(stated):
+    net, rules = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), replace(official, **stated)
+
+    def told(assume, rules):
+        result = score(net, input_size=(4, 8, 8), rules=rules, assume=assume)
+        return result.ops, [note for note in result.tally.notes if "integer" in note]
+
+    for assume in (Assume(), Assume(bits=16)):
+        plain, (ops, notes) = told(assume, official), told(assume, rules)
+        assert plain == (ops, [])
+        assert notes == ["no integers are summed here: what you state of accumulators or an adder tree changes nothing"]
+    plain, (ops, notes) = told(Assume(bits=8), official), told(Assume(bits=8), rules)
+    assert ops < plain[0]
+    assert len(notes) == 1
+    assert "as you state" in notes[0]
 
 
 def test_additions_below_zero_are_kept_and_named():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from counting import Run
 from fastai.callback.core import Callback, CancelFitException
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
@@ -51,17 +52,6 @@ SCENARIOS = {
     "sparse90_freebie16": ({}, Assume(sparsity=0.9)),
     "sparse50_int8": ({}, Assume(bits=8, sparsity=0.5)),
 }
-
-
-class Odd(nn.Module):
-    """A module whose forward is any function."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
 
 
 def vectors(name):
@@ -187,7 +177,7 @@ def test_json_is_plain_and_its_totals_are_sums_of_its_lines():
 
 
 def test_what_no_formula_covers_is_refused_unless_allowed():
-    odd = Odd(lambda x: torch.fft.fft(x).real)
+    odd = Run(lambda self, x: torch.fft.fft(x).real)
     with pytest.raises(MicronetError, match=r"fft.*--allow-unknown"):
         score(nn.Sequential(small_net(), odd))
     assert any("fft" in name for name in score(nn.Sequential(small_net(), odd), allow_unknown=True).uncounted)
@@ -308,7 +298,7 @@ def test_any_formula_and_size_can_be_shown():
 
 def test_a_network_that_cannot_be_traced_fails_at_the_first_batch():
     learn = learner(OpCounter())
-    learn.model = nn.Sequential(small_net(), Odd(lambda x: x if x.sum() > 0 else -x))
+    learn.model = nn.Sequential(small_net(), Run(lambda self, x: x if x.sum() > 0 else -x))
     batches = []
     learn.add_cb(Callback(after_batch=lambda self: batches.append(1)))
     with pytest.raises(ValueError, match="cannot trace Sequential"):
