@@ -79,6 +79,11 @@ class EMA(Callback):
         """Forget what masked weights were."""
         apply_masks(self._average or {}, masks)
 
+    def rewound(self) -> None:
+        """Begin the average anew."""
+        if self._average is not None:
+            self._average, self._steps = _copy(self._module), 0
+
     def resized(self, kept: Mapping[str, Tensor]) -> None:
         """Take the same elements away from the average."""
         self._average.update({name: take(self._average[name], places) for name, places in kept.items()})

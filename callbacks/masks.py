@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 from fastai.callback.core import Callback
-from torch import Tensor, nn
-from torch.nn.utils import prune
+from torch import Tensor
 
 from callbacks.protocol import tell
 from callbacks.widths import take
@@ -36,22 +35,20 @@ def apply_masks(tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> N
             tensors[name].masked_fill_(~mask, 0)
 
 
-def take_masks(model: nn.Module) -> dict[str, Tensor]:
-    """Turn the masks of `torch.nn.utils.prune` into plain masked weights.
+@torch.no_grad()
+def forget_masked(opt: Any, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+    """Set to zero what an optimizer keeps for masked weights, such as their momentum.
 
     Args:
-        model: changed in place: its `weight_orig` and `weight_mask` become one `weight` again.
-
-    Returns:
-        The mask of each parameter, by its name in the state dict afterwards.
+        opt: a torch optimizer, one of fastai's, or fastai's wrapper around one of torch's.
+        tensors: the parameters by name.
+        masks: by the same names, False where the weight is masked.
     """
-    found = {}
-    for path, module in model.named_modules():
-        for key in [name.removesuffix("_mask") for name, _ in module.named_buffers(recurse=False)]:
-            if hasattr(module, f"{key}_mask") and hasattr(module, f"{key}_orig"):
-                found[f"{path}.{key}" if path else key] = getattr(module, f"{key}_mask").bool()
-                prune.remove(module, key)
-    return found
+    state = getattr(opt, "opt", opt).state  # the wrapper has one, too, and never fills it
+    for name, mask in masks.items():
+        for value in state.get(tensors[name], {}).values():
+            if isinstance(value, Tensor) and value.shape == mask.shape:
+                value.masked_fill_(~mask, 0)
 
 
 class KeepZeros(Callback):
@@ -108,6 +105,8 @@ class KeepZeros(Callback):
         self._masks = {name: mask.to(parameters[name].device) for name, mask in state["masks"].items()}
 
     def _mask(self) -> None:
-        """Apply the masks to the weights, and have all others do so to what they keep of them."""
-        apply_masks(dict(self.learn.model.named_parameters()), self._masks)
+        """Apply the masks to weights and momentum, and have all others do so to what they keep of the weights."""
+        parameters = dict(self.learn.model.named_parameters())
+        apply_masks(parameters, self._masks)
+        forget_masked(self.learn.opt, parameters, self._masks)
         tell(self.learn, "masked", self._masks)

@@ -9,6 +9,8 @@ A callback class may define any of these; nobody keeps a list of the classes tha
     masks                  the mask of each masked parameter, by its name in the state dict; False where it stays zero
     masked(masks)          weights were set to zero: do the same to what is kept of each weight
     resized(kept)          elements were taken away: `kept` is `widths.narrow`'s; take them from what is kept of them
+    rewound()              the weights were put back to what they once were: begin anew what is averaged over steps
+    summary                what it did, in one line, to be printed after the fit; a property: Learner has this name, too
 """
 
 from typing import Any

@@ -2,6 +2,7 @@
 
 import pickle
 import random
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -141,12 +142,15 @@ def run_fit(
         console: where the table is printed.
         checkpoint: the file to write after each epoch and to go on from; None for none.
         cbs: further callbacks, such as a logger.
+
+    Raises:
+        MicronetError: a callback refuses the fit; the checkpoint is damaged.
     """
     state = _read_checkpoint(checkpoint)
     history = History()
     table = Table(history, console)
     best = KeepBest() if fit.keep == "best" and fit.epochs else None
-    extra: list[Callback] = [history, table, *cbs]
+    extra: list[Callback] = [history, *([table] if fit.epochs else []), *cbs]
     extra += [best] if best else []
     extra += [EarlyStop(fit.early_stop)] if fit.early_stop else []
     extra += [Checkpoint(checkpoint, state)] if checkpoint is not None else []
@@ -162,6 +166,12 @@ def run_fit(
         else:
             scheduler = ParamScheduler({"lr": lambda progress: fit.lr * fit.schedule(progress)})
             learn.fit(fit.epochs, fit.lr, cbs=[scheduler, *extra], start_epoch=start)
+    except ValueError as error:  # what a callback refuses is the recipe's to mend
+        # fastai puts its own words around it, and around those of an event inside an event's.
+        refusal = re.split(r"when calling event `\w+`:\n\t", str(error))
+        if len(refusal) == 1:
+            raise
+        raise MicronetError(f"stage {fit.name}: {refusal[-1]}") from error
     finally:
         table.close()
     ran = len(history.rows)

@@ -102,7 +102,10 @@ def open_model(
     """
     size = tuple(input_size) if input_size is not None else None
     if not isinstance(model, str | PathLike):
-        return ModelSource(name=type(model).__name__, input_size=size or DEFAULT_SIZE, module=model, masks=masks)
+        from callbacks.torch_masks import unmasked
+
+        module, masks = unmasked(model, masks)
+        return ModelSource(name=type(model).__name__, input_size=size or DEFAULT_SIZE, module=module, masks=masks)
     name = fspath(model)
     if name.partition(":")[0] in ("timm", "torchvision", "micronet"):
         if arch or trust:
@@ -267,8 +270,10 @@ def _torch_load(path: Path, *, weights_only: bool) -> Any:
 
 
 def _state_dict(path: Path, module: "nn.Module", size: tuple[int, ...]) -> ModelSource:
-    """Fill a network with a plain state dict; wrappers of two libraries prefix its names."""
+    """Fill a network with a plain state dict; two libraries' wrappers prefix its names, torch's pruning has masks."""
     import torch
+
+    from callbacks.torch_masks import take_masks_of_state
 
     content = _torch_load(path, weights_only=True)
     for key in ("state_dict", "model"):
@@ -277,6 +282,7 @@ def _state_dict(path: Path, module: "nn.Module", size: tuple[int, ...]) -> Model
     if not isinstance(content, dict) or not any(isinstance(value, torch.Tensor) for value in content.values()):
         raise MicronetError(f"{path}: not a state dict (a dict of tensors)")
     state = {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in content.items()}
+    state, masks = take_masks_of_state(state)
     try:
         module.load_state_dict(state, strict=True, assign=True)
     except (RuntimeError, TypeError) as error:
@@ -284,12 +290,14 @@ def _state_dict(path: Path, module: "nn.Module", size: tuple[int, ...]) -> Model
         raise MicronetError(
             f"{path}: its weights don't fit --arch: {' '.join(lines[1:2] or lines).strip()[:200]}"
         ) from error
-    return ModelSource(name=str(path), input_size=size, module=module.eval())
+    return ModelSource(name=str(path), input_size=size, module=module.eval(), masks=masks or None)
 
 
 def _pickled(path: Path, size: tuple[int, ...] | None) -> ModelSource:
     """Read a whole pickled module, or a fastai Learner; the caller has said that its code may run."""
     import torch
+
+    from callbacks.torch_masks import unmasked
 
     found = _torch_load(path, weights_only=False)
     module = getattr(found, "model", found)
@@ -297,4 +305,5 @@ def _pickled(path: Path, size: tuple[int, ...] | None) -> ModelSource:
         raise MicronetError(f"{path}: holds a {type(found).__name__}, neither a module nor a fastai Learner")
     if size is None:
         raise MicronetError(f"{path}: does not say how large its images are: give --input-size, such as 3x224x224")
-    return ModelSource(name=str(path), input_size=size, module=module.eval())
+    module, masks = unmasked(module.eval(), None)
+    return ModelSource(name=str(path), input_size=size, module=module, masks=masks)

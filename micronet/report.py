@@ -183,18 +183,31 @@ def stages_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         test = row.get("test")
-        table.add_row(
-            row["stage"],
-            _share(row["valid"]) + (" on the test images" if row["valid_is_test"] else ""),
-            _share(test) if test else "-",
-            f"{row['params']:,}",
-            f"{row['storage']:,.0f}",
-            f"{row['macs'] / 1e6:,.1f} M",
-            f"{row['score']:.5f}",
-            f"{row['file_bytes'] / 1e6:.2f} MB",
-            f"{row['seconds']:.0f}",
-        )
+        top1 = _share(row["valid"]) + (" on the test images" if row["valid_is_test"] else "")
+        table.add_row(row["stage"], top1, _share(test) if test else "-", *_costs(row))
     return table
+
+
+def stage_line(row: Mapping[str, Any]) -> str:
+    """What a stage left, in one line: a row of `stages_table` for while the run goes on."""
+    params, storage, macs, score, size, seconds = _costs(row)
+    test = f"test {_share(row['test'])}, " if "test" in row else ""
+    return (
+        f"stage {row['stage']}: valid {_share(row['valid'])}, {test}{params} params, storage {storage}, MACs {macs}, "
+        f"score {score}, file {size}, {seconds} s"
+    )
+
+
+def _costs(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Parameters, storage, MACs, score, size of the file and seconds of training."""
+    return (
+        f"{row['params']:,}",
+        f"{row['storage']:,.0f}",
+        f"{row['macs'] / 1e6:,.1f} M",
+        f"{row['score']:.5f}",
+        f"{row['file_bytes'] / 1e6:.2f} MB",
+        f"{row['seconds']:.0f}",
+    )
 
 
 def _share(part: Mapping[str, Any]) -> str:

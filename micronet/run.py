@@ -11,7 +11,7 @@ from fastai.callback.core import Callback
 from rich.console import Console
 from torch import nn
 
-from callbacks.protocol import all_masks
+from callbacks.protocol import all_masks, having
 from micronet import bundle as bundles
 from micronet.bundle import Bundle
 from micronet.data import Data, ImageSet, plain_loader
@@ -22,7 +22,7 @@ from micronet.folder import copy_file, is_empty, locked, read_rows, sweep
 from micronet.learner import FitResult, make_learner, pick_device, precision, run_fit, seed_all
 from micronet.machine import git_state, hardware, versions
 from micronet.recipe import Fit, Recipe, blaming, describe
-from micronet.report import flat, plot_curves, plot_rates, write_csv, write_text
+from micronet.report import flat, plot_curves, plot_rates, stage_line, write_csv, write_text
 from micronet.score import score
 from micronet.start import begin, check_masks_fit, load_stage, own_factory, some_images
 
@@ -197,8 +197,11 @@ class _Run:
                 f"{place}: the training loss was no longer finite in epoch {result.diverged + 1}: lower the "
                 f"learning rate (lr={fit.lr}) or clip the gradient (grad_clip), then start over with --fresh"
             )
+        for cb in having(learn, "summary"):
+            self.console.print(f"{cb.name}: {cb.summary}", highlight=False)
         masks = {name: mask.cpu() for name, mask in all_masks(learn).items()}
         model = learn.model.to("cpu", memory_format=torch.contiguous_format)
+        model._compiled_call_impl = None  # what Module.compile made rounds otherwise than the network of a file
         self._measure(index, replace(bundle, model=model, masks=masks, provenance=record), data, result)
         return place
 
@@ -264,6 +267,7 @@ class _Run:
         row["file_bytes"] = (place / "model.pth").stat().st_size
         write_text(json.dumps(row, indent=1) + "\n", place / "row.json")
         (place / "checkpoint.pth").unlink(missing_ok=True)
+        self.console.print(stage_line(row), highlight=False)
 
     def _check_reload(self, made: Bundle, loaded: Bundle, data: Data, place: Path) -> None:
         """Refuse a file that does not hold the network that was trained."""

@@ -1,5 +1,7 @@
 """Masks: zeros that stay through training, averaging, checkpoints, and those of torch's own pruning."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from learners import make_learner
@@ -7,8 +9,14 @@ from torch import nn
 from torch.nn.utils import prune
 
 from callbacks.ema import EMA
-from callbacks.masks import KeepZeros, apply_masks, take_masks
+from callbacks.masks import KeepZeros, apply_masks
 from callbacks.protocol import all_masks, all_settled
+from callbacks.torch_masks import take_masks
+from micronet import Bundle, save, score
+from micronet.model_source import open_model
+from micronet.models import resnet20
+
+STATS = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
 def half(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -73,3 +81,56 @@ def test_torchs_own_pruning_becomes_masks():
     assert set(net.state_dict()) == {"0.weight", "0.bias", "2.1.weight", "2.1.bias"}
     assert torch.equal(net(x), before)
     assert int((net[0].weight == 0).sum()) == 54
+
+
+def pruned_resnet():
+    """ResNet-20 masked by torch, its product tensors made by a forward pass that recorded gradients."""
+    torch.manual_seed(0)
+    net = resnet20(num_classes=10)
+    for layer in (net.conv1, net.layer2[0].conv1):
+        prune.l1_unstructured(layer, "weight", 0.5)
+    prune.random_unstructured(net.layer2[0].conv1, "weight", 0.5)  # twice: torch then keeps a container of methods
+    net(torch.randn(2, 3, 8, 8))
+    return net
+
+
+@pytest.mark.parametrize("way", ["module", "state dict", "pickle"])
+def test_what_torch_masked_is_scored_as_masks(way, tmp_path):
+    net = pruned_resnet()
+    keys, hooks = list(net.state_dict()), len(net.conv1._forward_pre_hooks)
+    before = [value.clone() for value in net.state_dict().values()]
+    if way == "module":
+        source = open_model(net)
+    elif way == "state dict":
+        torch.save(net.state_dict(), tmp_path / "net.pth")
+        source = open_model(tmp_path / "net.pth", arch="micronet:resnet20,num_classes=10")
+    else:
+        for module in net.modules():  # torch can't copy or pickle what has a gradient's history
+            vars(module).pop("weight", None)
+        torch.save(net, tmp_path / "net.pth")
+        source = open_model(tmp_path / "net.pth", trust=True, input_size=(3, 32, 32))
+    assert list(net.state_dict()) == keys
+    assert len(net.conv1._forward_pre_hooks) == hooks
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), before, strict=True))
+    plain = pruned_resnet()
+    masks = take_masks(plain)
+    assert source.masks.keys() == masks.keys()
+    assert all(torch.equal(source.masks[name], mask) for name, mask in masks.items())
+    state = source.module.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in plain.state_dict().items())
+    assert [line.nonzero for line in source.ledger().lines] == [
+        line.nonzero for line in open_model(plain, masks=masks).ledger().lines
+    ]
+    bundle = Bundle(
+        plain, "micronet.models.resnet:resnet20", {"num_classes": 10}, tuple("0123456789"), (3, 32, 32), *STATS
+    )
+    save(replace(bundle, masks=masks), tmp_path / "model.pth")
+    assert score(tmp_path / "model.pth").storage == score(source.module, masks=source.masks).storage
+
+
+def test_masks_of_a_network_that_has_some_already_come_together():
+    net, given = pruned_resnet(), {"fc.weight": torch.rand(10, 64) > 0.5}
+    assert set(open_model(net, masks=given).masks) == {"conv1.weight", "layer2.0.conv1.weight", "fc.weight"}
+    untouched = resnet20(num_classes=10)
+    assert open_model(untouched).module is untouched
+    assert open_model(untouched).masks is None

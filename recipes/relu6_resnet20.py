@@ -1,0 +1,46 @@
+"""Another activation in a trained ResNet-20, and a short training that gets used to it: ReLU6, hard-swish or SiLU.
+
+Result: not run yet.
+Cost: not run yet.
+Run: micronet fit recipes/relu6_resnet20.py
+     micronet fit recipes/relu6_resnet20.py -s activation=relu -o runs/relu_resnet20    # the control: nothing swapped
+Source: a course report on int8 networks, which trained ResNet-18 anew with ReLU6 in the place of ReLU: a bounded
+    activation loses less to 8 bits. ReLU6: Krizhevsky 2010; hard-swish: Howard et al. 2019.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from micronet import Fit, Recipe, sgd
+from micronet.data import Augment, cifar10
+from micronet.edits import swap_activation
+
+BASE = Path(__file__).parents[1] / "tests" / "data" / "resnet20_cifar10.pth"
+ACTIVATIONS = {"relu6": nn.ReLU6, "hardswish": nn.Hardswish, "silu": nn.SiLU}
+
+
+def recipe(
+    *,
+    activation: Literal["relu6", "hardswish", "silu", "relu"] = "relu6",
+    epochs: int = 8,
+    lr: float = 0.05,
+    smoke: bool = False,
+) -> Recipe:
+    """Swap the activations of the committed ResNet-20, and fine-tune.
+
+    Args:
+        activation: what takes ReLU's place; relu swaps nothing, and shows what the training alone does.
+        epochs: of fine-tuning.
+        lr: its largest learning rate.
+        smoke: one epoch.
+    """
+    edit = () if activation == "relu" else (partial(swap_activation, old=nn.ReLU, new=ACTIVATIONS[activation]),)
+    tune = partial(Fit, lr=lr, opt=sgd(), wd=5e-4, ema=0.999, keep="last", label_smoothing=0.1)
+    return Recipe(
+        data=partial(cifar10, batch_size=64, valid=0.02, augment=Augment(crop=4, flip=0.5)),
+        model=BASE,
+        stages=(Fit("base", epochs=0), tune(activation, epochs=1 if smoke else epochs, edit=edit)),
+    )

@@ -1,0 +1,55 @@
+"""Zeros in ResNet-20: the smallest weights masked along a cubic ramp, while it trains on.
+
+Result: not run yet.
+Cost: not run yet.
+Run: micronet fit recipes/sparsify_resnet20.py
+     micronet fit recipes/sparsify_resnet20.py -s sparsity=0.8 -o runs/sparse80
+Source: Zhu and Gupta 2017, "To prune, or not to prune" (the ramp); Han et al. 2015 (magnitude).
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from callbacks.ramp import Cubic
+from callbacks.sparsify import Sparsify
+from micronet import Fit, Recipe, sgd
+from micronet.data import Augment, cifar10
+
+BASE = Path(__file__).parents[1] / "tests" / "data" / "resnet20_cifar10.pth"
+
+
+def recipe(
+    *,
+    sparsity: float = 0.6,
+    epochs: int = 8,
+    lr: float = 0.05,
+    criterion: Literal["magnitude", "random", "movement", "taylor"] = "magnitude",
+    smoke: bool = False,
+) -> Recipe:
+    """Mask weights of the committed ResNet-20 while it is fine-tuned.
+
+    Args:
+        sparsity: share of the weights that is zero at the end, in [0, 1).
+        epochs: of fine-tuning; the ramp takes the first half of them.
+        lr: the largest learning rate.
+        criterion: which weights go.
+        smoke: one epoch.
+    """
+    masks = partial(Sparsify, sparsity, schedule=Cubic(end=0.5), criterion=criterion)
+    sparse = Fit(
+        "sparse",
+        epochs=1 if smoke else epochs,
+        lr=lr,
+        opt=sgd(),
+        wd=5e-4,
+        ema=0.999,
+        keep="last",
+        label_smoothing=0.1,
+        cbs=(masks,),
+    )
+    return Recipe(
+        data=partial(cifar10, batch_size=64, valid=0.02, augment=Augment(crop=4, flip=0.5)),
+        model=BASE,
+        stages=(Fit("base", epochs=0), sparse),
+    )
