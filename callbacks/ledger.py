@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from callbacks.fold import Fold, find_folds
+from callbacks.fold_flow import Fold, find_folds
 from callbacks.graph import Graph, Node, Shape, Value
 from callbacks.liveness import fold_constants, lifetimes, needed
 from callbacks.op_formulas import FORMULAS, VIEWS, Cost

@@ -49,6 +49,7 @@ _YES = Verdict("applies")
 _NO_WEIGHTS = Verdict("skips", "it has no weight matrix")
 _SLICES = Verdict("skips", "its weights are a kernel for each channel: there are no input channels to choose from")
 _ONE_BY_ONE = Verdict("skips", "its kernel is 1 x 1: there is nothing spatial to split")
+_NO_KERNEL = Verdict("skips", "it has no kernel to split")
 _IN_GROUPS = Verdict("skips", "its channels are split into groups already")
 _TRANSPOSED = Verdict("skips", "it is transposed: its filters lie along the other axis")
 _ATTENTION = Verdict("skips", "its weights are several matrices in one tensor")
@@ -63,8 +64,9 @@ _WEIGHTS = {
 _CHANNELS = {**_WEIGHTS, "norm": _YES, "attention": _OWN}
 _SPATIAL = {
     "conv": _YES, "conv1x1": _ONE_BY_ONE, "grouped": _IN_GROUPS, "depthwise": _IN_GROUPS, "transposed": _TRANSPOSED,
-    "linear": _ONE_BY_ONE, "norm": _NO_WEIGHTS, "attention": _ATTENTION,
+    "linear": _NO_KERNEL, "norm": _NO_WEIGHTS, "attention": _ATTENTION,
 }  # fmt: skip
+_OWN_STATISTICS = Verdict("skips", "its statistics are each image's own, not constants")
 _UNRANKED = Verdict("skips", "filters of different groups see different inputs: their distances mean nothing")
 
 # By the method's name and the layer's kind; what depends on a layer's shape, too, is in `verdict`.
@@ -81,7 +83,20 @@ TABLE: Mapping[str, Mapping[str, Verdict]] = {
     "low_rank spatial_svd": _SPATIAL,
     "low_rank tucker2": _SPATIAL,
     "separable": _SPATIAL,
+    "fold_bn": {**_WEIGHTS, "norm": _YES},
 }  # fmt: skip
+
+# What depends on more than the kind, for the reader of the table.
+NOTES: Mapping[str, str] = {
+    "sparsify 2:4": "skips a layer whose input channels (of a group) are not divisible by 4",
+    "sparsify block": "skips a layer whose input or output channels (of a group) are not divisible by 4",
+    "prune fpgm": "judges no channels by the filters of a layer that it skips: they go as the others of their group "
+    "are judged",
+    "low_rank": "leaves a layer that its factors would not make smaller, unless ranks are given by name",
+    "separable": "leaves a layer of at most 3 input channels, as the one that reads the image, unless it is named",
+    "fold_bn": "takes a BatchNorm that directly follows a layer and alone reads it; LayerNorm and GroupNorm, whose "
+    "statistics are each image's own, stay",
+}
 
 BLOCK = 4  # output by input channels of a block; also the input channels that 2:4 looks at together
 
@@ -117,12 +132,15 @@ def verdict(method: str, layer: nn.Module) -> Verdict:
     if kind is None:
         return _NO_WEIGHTS
     found = TABLE[method][kind]
+    if method == "fold_bn" and kind == "norm" and getattr(layer, "running_mean", None) is None:
+        return _OWN_STATISTICS
     if found and method in ("sparsify 2:4", "sparsify block"):
-        rows, columns = layer.weight.shape[:2]
+        rows, columns = layer.weight.shape[0] // getattr(layer, "groups", 1), layer.weight.shape[1]
+        of = " of a group" if kind == "grouped" else ""
         if columns % BLOCK:
-            return Verdict("skips", f"its {columns} input channels are not divisible by {BLOCK}")
+            return Verdict("skips", f"its {columns} input channels{of} are not divisible by {BLOCK}")
         if method == "sparsify block" and rows % BLOCK:
-            return Verdict("skips", f"its {rows} output channels are not divisible by {BLOCK}")
+            return Verdict("skips", f"its {rows} output channels{of} are not divisible by {BLOCK}")
     return found
 
 
@@ -156,3 +174,35 @@ def chosen(method: str, model: nn.Module, named: Iterable[str] | None = None) ->
     if not layers:
         raise ValueError(f"{method}: there is no layer that it applies to ({'; '.join(skipped[:3]) or 'no weights'})")
     return layers, skipped
+
+
+def by_reason(skipped: Iterable[str], most: int | None = None) -> str:
+    """What a method skips, in one line: the layers that have a reason in common together.
+
+    Args:
+        skipped: lines `name: reason`, as `chosen` gives them.
+        most: names to give for each reason; of further ones only their number. None for all.
+    """
+    reasons: dict[str, list[str]] = {}
+    for line in skipped:
+        name, _, reason = line.partition(": ")
+        reasons.setdefault(reason, []).append(name or "the network")
+    parts = []
+    for reason, names in reasons.items():
+        more = f" and {len(names[most:])} more" if most is not None and names[most:] else ""
+        parts.append(f"{', '.join(names[:most])}{more} ({reason})")
+    return "; ".join(parts)
+
+
+def as_markdown() -> str:
+    """The table in Markdown, reasons and notes below it: what the README shows."""
+    reasons: dict[str, int] = {}
+
+    def cell(answer: Verdict) -> str:
+        return "yes" if answer else f"{answer.word} ({reasons.setdefault(answer.reason, len(reasons) + 1)})"
+
+    rows = [["method", *KINDS.values()], ["---"] * (len(KINDS) + 1)]
+    rows += [[f"`{method}`", *(cell(answers[kind]) for kind in KINDS)] for method, answers in TABLE.items()]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines += ["", *(f"{number}. {reason}" for reason, number in reasons.items())]
+    return "\n".join([*lines, "", *(f"- `{method}` {note}" for method, note in NOTES.items())])

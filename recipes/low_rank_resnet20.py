@@ -1,0 +1,53 @@
+"""ResNet-20 with its convolutions split into two or three small ones, at half the multiply-accumulates.
+
+Result: not run yet.
+Cost: not run yet.
+Run: micronet fit recipes/low_rank_resnet20.py
+     micronet fit recipes/low_rank_resnet20.py -s method=tucker2 -o runs/tucker
+Source: Jaderberg, Vedaldi and Zisserman 2014 (k x 1 after 1 x k); Kim et al. 2016 (Tucker-2).
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from micronet import Fit, Recipe, sgd
+from micronet.data import Augment, cifar10
+from micronet.edits import low_rank
+
+BASE = Path(__file__).parents[1] / "tests" / "data" / "resnet20_cifar10.pth"
+
+
+def recipe(
+    *,
+    method: Literal["spatial_svd", "tucker2"] = "spatial_svd",
+    macs: float = 0.5,
+    epochs: int = 8,
+    lr: float = 0.05,
+    smoke: bool = False,
+) -> Recipe:
+    """Factor the committed ResNet-20, and fine-tune.
+
+    Args:
+        method: how a k x k convolution is split.
+        macs: share of the multiply-accumulates that goes, in (0, 1).
+        epochs: of fine-tuning.
+        lr: its largest learning rate.
+        smoke: one epoch.
+    """
+    factored = Fit(
+        "factored",
+        epochs=1 if smoke else epochs,
+        lr=lr,
+        opt=sgd(),
+        wd=5e-4,
+        ema=0.999,
+        keep="last",
+        label_smoothing=0.1,
+        edit=(partial(low_rank, method=method, macs=macs),),
+    )
+    return Recipe(
+        data=partial(cifar10, batch_size=64, valid=0.02, augment=Augment(crop=4, flip=0.5)),
+        model=BASE,
+        stages=(Fit("base", epochs=0), factored),
+    )
