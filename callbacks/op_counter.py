@@ -17,10 +17,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastai.callback.core import Callback
-from fastai.learner import Learner, ValueMetric
+from fastai.learner import ValueMetric
 from fastai.torch_core import get_model
 from torch import nn
 
+from callbacks.column import ShowsColumn
 from callbacks.ledger import Line as Line
 from callbacks.op_trace import TraceError as TraceError
 from callbacks.op_trace import count_ops as count_ops
@@ -35,7 +36,7 @@ def _structure(model: nn.Module) -> tuple[Any, ...]:
     return modules, tuple((name, p.shape) for name, p in model.named_parameters())
 
 
-class OpCounter(Callback):
+class OpCounter(ShowsColumn, Callback):
     """Show a score, counted on the network as it stands, as the column `score` of the training table.
 
     Args:
@@ -57,20 +58,10 @@ class OpCounter(Callback):
     def _forget(self) -> None:
         self._size, self._counted, self._shown = self._fixed_size, None, None
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Take the column away, too, when the callback is removed: an aborted fit has no other moment for it."""
-        if name == "learn" and value is None and self.learn is not None:
-            self._remove_column(self.learn)
-        super().__setattr__(name, value)
-
-    def _remove_column(self, learn: Learner) -> None:
-        learn.metrics = [metric for metric in learn.metrics if metric is not self._column]
-
     def before_fit(self) -> None:
         """Add the column, after taking away what an aborted fit left."""
-        self._remove_column(self.learn)
         self._forget()
-        self.learn.metrics = [*self.learn.metrics, self._column]
+        self.show_column()
 
     def before_batch(self) -> None:
         """Note the size of the images; a network that cannot be traced fails at the first batch."""
@@ -81,7 +72,7 @@ class OpCounter(Callback):
 
     def after_fit(self) -> None:
         """Take the column away."""
-        self._remove_column(self.learn)
+        self.hide_column()
 
     def _value(self) -> float | None:
         if self._size is None:  # no batch came

@@ -124,8 +124,17 @@ def set_widths(model: nn.Module, table: Mapping[str, Mapping[str, int]]) -> None
             setattr(modules[name], attribute, width)
     for name, value in _tensors(model).items():
         if name in shapes and tuple(value.shape) != shapes[name]:
-            value.data = value.data.new_zeros(shapes[name])
-            value.grad = None
+            _put(value, value.data.new_zeros(shapes[name]))
+
+
+def _put(value: Tensor, new: Tensor) -> None:
+    """Give a parameter or buffer other content, of any shape."""
+    value.grad = None
+    # As long as anything holds a loss, the node that adds up a parameter's gradient lives on and expects the old shape.
+    # torch makes it anew where the type changes, not where the shape does; so the type changes for a moment.
+    other = torch.float16 if new.dtype != torch.float16 else torch.float32
+    value.data = new.new_empty(0, dtype=other)
+    value.data = new
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -155,7 +164,8 @@ def narrow(
         kept: for each tensor that changes, by its name in the state dict, the place of each element that stays in the
             old tensor, flattened: int64, of the new **shape**.
         table: the new widths of the layers that change.
-        opt: the optimizer; what it keeps for each weight, such as the momentum, is taken along by the same places.
+        opt: the optimizer; what it keeps for each weight, such as the momentum, is taken along by the same places, and
+            so are gradients.
 
     Raises:
         ValueError: the new tensors are not those of layers of such widths, or of a kind that can't be resized; the
@@ -171,14 +181,20 @@ def narrow(
     left = [name for name, shape in shapes.items() if name not in kept and tensors[name].shape != shape]
     if left:
         raise ValueError(f"{left[0]}: it is not said what to keep of it")
-    olds = {name: tensors[name].data for name in kept}
+    olds = {name: (tensors[name].data, tensors[name].grad) for name in kept}
     set_widths(model, table)
     for name, places in kept.items():
-        value, old = tensors[name], olds[name]
-        value.data, value.grad = take(old, places), None
-        if opt is not None and value in opt.state:
-            state = opt.state[value]
+        value, (old, grad) = tensors[name], olds[name]
+        _put(value, take(old, places))
+        value.grad = None if grad is None else take(grad, places)
+        for state in _states(opt, value):
             state.update({k: take(v, places) for k, v in state.items() if _alike(v, old)})
+
+
+def _states(opt: Any, parameter: Tensor) -> list[dict[str, Any]]:
+    """What an optimizer keeps for a parameter; fastai's `OptimWrapper` has an empty state of its own beside torch's."""
+    optimizers = [one for one in (opt, getattr(opt, "opt", None)) if hasattr(one, "state")]
+    return [one.state[parameter] for one in optimizers if parameter in one.state]
 
 
 def _alike(value: Any, old: Tensor) -> bool:

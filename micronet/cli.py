@@ -28,6 +28,7 @@ from micronet.cli_options import (
 )
 from micronet.cli_plan import plan
 from micronet.cli_score import score
+from micronet.cli_sensitivity import sensitivity
 from micronet.errors import MicronetError
 
 app = typer.Typer(
@@ -133,6 +134,7 @@ def fit(
 
 app.command(cls=Command)(plan)
 app.command(cls=Command)(score)
+app.command(cls=Command)(sensitivity)
 
 
 @app.command(cls=Command)

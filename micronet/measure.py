@@ -62,21 +62,18 @@ class OnnxModule(nn.Module):
         return cat([from_numpy(self.session.run(None, {self.input: part.numpy()})[0]) for part in parts])
 
 
-def measure(source: "ModelSource", data: str, split: str, device: Any = None, **kwargs: Any) -> Measured:
-    """Count what a model answers on a split.
+def images_for(source: "ModelSource", data: str, **kwargs: Any) -> "Data":
+    """Load the data set that a model is to be measured on, normalised as the model says.
 
     Args:
         source: The model.
         data: digits, cifar10, cifar100, or the path of an image folder.
-        split: train, valid or test.
-        device: Where to compute; None for a GPU where there is one.
-        kwargs: How the split was cut, as `by_name` takes it.
+        kwargs: How valid was cut from train, as `by_name` takes it.
 
     Raises:
-        MicronetError: Sizes, channels or classes of the two differ, or there is no such split.
+        MicronetError: Sizes, channels or classes of the two differ.
     """
-    from micronet.data import by_name, plain_loader
-    from micronet.learner import pick_device
+    from micronet.data import by_name
 
     size = source.input_size if source.path is None else source.graph().input_size
     images = by_name(data, size=size[1] if size else 32, **kwargs)
@@ -90,11 +87,30 @@ def measure(source: "ModelSource", data: str, split: str, device: Any = None, **
             f"{source.name}: its {len(source.classes)} classes ({', '.join(source.classes[:3])}, ...) are not the "
             f"{len(images.classes)} of {data} ({', '.join(images.classes[:3])}, ...)"
         )
+    # What it was trained with; else the data set's own.
+    return images if source.mean is None else replace(images, mean=source.mean, std=source.std)
+
+
+def measure(source: "ModelSource", data: str, split: str, device: Any = None, **kwargs: Any) -> Measured:
+    """Count what a model answers on a split.
+
+    Args:
+        source: The model.
+        data: digits, cifar10, cifar100, or the path of an image folder.
+        split: train, valid or test.
+        device: Where to compute; None for a GPU where there is one.
+        kwargs: How the split was cut, as `by_name` takes it.
+
+    Raises:
+        MicronetError: Sizes, channels or classes of the two differ, or there is no such split.
+    """
+    from micronet.data import plain_loader
+    from micronet.learner import pick_device
+
+    images = images_for(source, data, **kwargs)
     chosen = getattr(images, split)
     if chosen is None:
         raise MicronetError(f"{data} has no {split} split")
-    if source.mean is not None:  # what it was trained with; else the data set's own
-        images = replace(images, mean=source.mean, std=source.std)
     module = source.module if source.module is not None else OnnxModule(source.path)
     if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
         raise MicronetError(f"{source.name}: its weights are untrained: there is nothing to measure")

@@ -13,15 +13,20 @@ import pytest
 import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Learner
-from learners import make_learner
+from learners import make_learner, make_teacher
 from torch import nn
 
 import callbacks
 from callbacks.checkpoint import Checkpoint, EarlyStop, KeepBest
+from callbacks.distill import Distill
+from callbacks.distill_features import AttentionTransfer, Hints
 from callbacks.ema import EMA, update_average
 from callbacks.masks import KeepZeros
 from callbacks.op_counter import OpCounter
 from callbacks.precision import Precision, bf16_speeds_up
+from callbacks.prune import PruneChannels
+from callbacks.ramp import OneShot, Rounds
+from callbacks.sparsify import Sparsify
 
 ROOT = Path(__file__).parent.parent
 # How each public callback is made for the contract; a public callback that is missing here fails test_every_callback...
@@ -29,10 +34,13 @@ CASES = {
     Checkpoint: lambda folder: Checkpoint(folder / "checkpoint.pth"),
     EarlyStop: lambda folder: EarlyStop(5, monitor="valid_loss"),
     KeepBest: lambda folder: KeepBest(monitor="valid_loss"),
+    Distill: lambda folder: Distill(make_teacher(), features=(AttentionTransfer({"0": "0"}), Hints({"2": "1"}))),
     EMA: lambda folder: EMA(0.9),
     KeepZeros: lambda folder: KeepZeros({"0.weight": torch.ones(4, 3, 3, 3).tril() > 0}),
     OpCounter: lambda folder: OpCounter(),
     Precision: lambda folder: Precision(bf16=True, channels_last=True),
+    PruneChannels: lambda folder: PruneChannels(0.25, importance="taylor", schedule=OneShot(end=0.1)),
+    Sparsify: lambda folder: Sparsify(0.5, Rounds(start=0.1, rounds=3), criterion="taylor", rewind=0.1),
 }
 
 
@@ -61,7 +69,7 @@ def found(learn: Learner) -> dict:
             (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in learn.model.modules()
         ],
         "metrics": [metric.name for metric in learn.metrics],
-        "strides": [p.stride() for p in learn.model.parameters()],
+        "layout": [p.is_contiguous() for p in learn.model.parameters()],  # strides change where channels go
         "grad": [p.requires_grad for p in learn.model.parameters()],
         "keys": list(learn.model.state_dict()),
         "autocast": torch.is_autocast_enabled("cpu"),

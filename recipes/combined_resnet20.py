@@ -1,0 +1,55 @@
+"""ResNet-20 made smaller step by step: bounded activations, fewer channels, zeros; taught by itself as it was.
+
+Result: not run yet.
+Cost: not run yet.
+Run: micronet fit recipes/combined_resnet20.py
+Source: the parts' own recipes: relu6_resnet20.py, prune_resnet20.py, sparsify_resnet20.py, distill_separable.py.
+"""
+
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from callbacks.prune import PruneChannels
+from callbacks.ramp import Cubic, OneShot
+from callbacks.sparsify import Sparsify
+from micronet import Fit, Recipe, sgd
+from micronet.data import Augment, cifar10
+from micronet.edits import swap_activation
+from micronet.teachers import distill_from
+
+BASE = Path(__file__).parents[1] / "tests" / "data" / "resnet20_cifar10.pth"
+
+
+def recipe(
+    *,
+    macs: float = 0.3,
+    sparsity: float = 0.6,
+    epochs: int = 7,
+    lr: float = 0.05,
+    smoke: bool = False,
+) -> Recipe:
+    """Prune, then sparsify the committed ResNet-20, which teaches throughout.
+
+    Args:
+        macs: share of the multiply-accumulates that goes with the channels, in (0, 1).
+        sparsity: share of the weights left that is zero at the end, in [0, 1).
+        epochs: of each of the two trainings.
+        lr: their largest learning rate.
+        smoke: one epoch each.
+    """
+    six = partial(swap_activation, old=nn.ReLU, new=nn.ReLU6)
+    taught = partial(distill_from, BASE, temperature=4.0, weight=0.7)
+    cut = partial(PruneChannels, macs=macs, importance="l1", scope="local", schedule=OneShot())
+    masked = partial(Sparsify, sparsity, schedule=Cubic(end=0.5))
+    tune = partial(Fit, epochs=1 if smoke else epochs, lr=lr, opt=sgd(), wd=5e-4, ema=0.999, keep="last")
+    return Recipe(
+        data=partial(cifar10, batch_size=64, valid=0.02, augment=Augment(crop=4, flip=0.5)),
+        model=BASE,
+        stages=(
+            Fit("base", epochs=0),
+            tune("pruned", edit=(six,), cbs=(cut, taught)),
+            tune("sparse", cbs=(masked, taught)),
+        ),
+    )

@@ -1,0 +1,58 @@
+"""Fewer channels in ResNet-20: pruned at once to a number of parameters, then trained on to recover.
+
+Result: not run yet.
+Cost: not run yet.
+Run: micronet fit recipes/prune_resnet20.py
+Source: a course report on light models, which pruned a ResNet-20 of 91.27 % to 198,309 parameters ("structured 30 %";
+    14-15 % of the channels give that number) and fine-tuned it to 91.59 %. Li et al. 2017, "Pruning Filters for
+    Efficient ConvNets" (L1 norm).
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from callbacks.prune import PruneChannels
+from callbacks.ramp import OneShot
+from micronet import Fit, Recipe, sgd
+from micronet.data import Augment, cifar10
+
+BASE = Path(__file__).parents[1] / "tests" / "data" / "resnet20_cifar10.pth"
+
+
+def recipe(
+    *,
+    params: int = 198_309,
+    importance: Literal["l1", "l2", "mean_abs", "fpgm", "random"] = "l1",
+    scope: Literal["local", "global"] = "local",
+    epochs: int = 8,
+    lr: float = 0.05,
+    smoke: bool = False,
+) -> Recipe:
+    """Prune the committed ResNet-20, and fine-tune.
+
+    Args:
+        params: how many parameters may be left.
+        importance: by what channels are ranked.
+        scope: whether every layer loses the same share, or all channels are ranked together.
+        epochs: of fine-tuning.
+        lr: its largest learning rate.
+        smoke: one epoch.
+    """
+    cut = partial(PruneChannels, params=params, importance=importance, scope=scope, schedule=OneShot())
+    pruned = Fit(
+        "pruned",
+        epochs=1 if smoke else epochs,
+        lr=lr,
+        opt=sgd(),
+        wd=5e-4,
+        ema=0.999,
+        keep="last",
+        label_smoothing=0.1,
+        cbs=(cut,),
+    )
+    return Recipe(
+        data=partial(cifar10, batch_size=64, valid=0.02, augment=Augment(crop=4, flip=0.5)),
+        model=BASE,
+        stages=(Fit("base", epochs=0), pruned),
+    )
