@@ -6,7 +6,7 @@ When: on a trained network, followed by as much training as it needs to recover.
 any runtime. Half of the channels are three quarters of parameters and multiply-accumulates. Kernels of most runtimes
 want widths that are multiples of 8: `round_to=8` where layers have 64 channels and more; one of 16 it can only halve.
 Cost: once a fit, reading the dependencies: about three runs of the network on two images (DenseNet-121: 3 s on one
-core); for `macs` and `storage` a few traces; at most 200 removals a fit, each a pass over the weights.
+core); for `macs` and `storage` a few traces. At most 200 removals a fit, of 0.06 s (ResNet-20) to 1.2 s (DenseNet-121).
 Interactions: the parameters stay the same objects, so that optimizers, schedulers and `Precision` go on; momentum and
 gradients are cut by the same places, as are the averages of `EMA` and the masks of `KeepZeros` and `Sparsify`.
 `KeepBest` waits until the aim is reached. A compiled network is compiled again after each removal. Which layers are
@@ -26,7 +26,7 @@ from callbacks.calibration import calibrate, image_size
 from callbacks.channels import removal, whole
 from callbacks.column import ShowsColumn
 from callbacks.expected import Expected
-from callbacks.importance import Importance, Key, gather, ranked_by, scores
+from callbacks.importance import Importance, Key, gather, scores
 from callbacks.methods import by_reason
 from callbacks.op_trace import TraceError, count_ops, total_params
 from callbacks.protocol import all_masks, tell
@@ -129,6 +129,7 @@ class PruneChannels(ShowsColumn, Callback):
         self._plan: Plan | None = None
         self._alive: dict[str, Tensor] = {}
         self._share: float | None = None  # of the aim that is reached; None before the first step
+        self._keys: list[Key] = []  # the axes of layers that the importance looks at
         self._sums: dict[Key, Tensor] = {}  # Taylor's averages
         self._skipped: list[str] = []
         self._size: tuple[int, ...] = ()  # of an image
@@ -174,7 +175,7 @@ class PruneChannels(ShowsColumn, Callback):
             raise ValueError("a fit can have one PruneChannels: each has to know which channels there are")
         self._size, self._loss = image_size(learn), learn.loss_func
         self._plan = Plan(network, self._size, self.choice, self._masks())
-        self._skipped, self._alive = self._plan.skipped, whole(self._plan.groups)
+        self._skipped, self._alive, self._keys = self._plan.skipped, whole(self._plan.groups), self._plan.keys(network)
         if self.choice.importance == "bn_scale" and (self.schedule(0.0) > 0 or learn.n_epoch == 0):
             self._ranks()  # refuses scales that no training has told apart
         self._told = [self._totals()]
@@ -189,10 +190,10 @@ class PruneChannels(ShowsColumn, Callback):
         if self.settled:
             return
         if self.choice.importance == "taylor":
-            gather(self.learn.model, self._keys(), self._sums)
+            gather(self.learn.model, self._keys, self._sums)
         elif self.choice.importance == "bn_scale":
             penalty, modules = PENALTY if self.penalty is None else self.penalty, dict(self.learn.model.named_modules())
-            for layer, _ in self._keys():
+            for layer, _ in self._keys:
                 scale = modules[layer].weight
                 if scale.grad is not None:
                     scale.grad.add_(scale.detach().sign(), alpha=penalty)
@@ -224,12 +225,6 @@ class PruneChannels(ShowsColumn, Callback):
         self._sums = {(layer, axis): value.to(device) for layer, axis, value in state["sums"]}
         self._share = state["share"]
 
-    def _keys(self) -> list[Key]:
-        """The axes of layers that the importance looks at."""
-        choice, network = self.choice, self.learn.model
-        found = (ranked_by(network, group, choice.importance, choice.feeding) for group in self._plan.groups)
-        return list(dict.fromkeys((member.layer, member.axis) for members in found for member in members))
-
     def _follow(self, progress: float) -> None:
         """Remove what is due at a progress."""
         before, share = self._share or 0.0, self.schedule(progress)
@@ -243,7 +238,7 @@ class PruneChannels(ShowsColumn, Callback):
         """Remove channels until a share of the aim is reached."""
         learn, network = self.learn, self.learn.model
         if self.choice.importance == "taylor" and not self._sums:
-            calibrate(learn, self._loss, self._keys(), self._sums)
+            calibrate(learn, self._loss, self._keys, self._sums)
         ranks = self._ranks()
         after = without(self._alive, self._plan.next(network, self._masks(), self._alive, ranks, share))
         gone = removal(network, self._plan.groups, self._alive, after)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from callbacks.channels import Alive, Group, whole
 from callbacks.dependency import find_groups
-from callbacks.importance import Importance, ranked_by
+from callbacks.importance import Importance, Key, ranked_by
 from callbacks.selection import Chunk, Scope, classes, merged, order, shortest, without
 from callbacks.sparsity import check_word
 from callbacks.targets import Macs, Params, Storage
@@ -157,6 +157,11 @@ class Plan:
             return self.target.count(model, masks, alive, without(alive, chunks[:number]))
 
         return guess, guess if self.target.exact else count
+
+    def keys(self, model: nn.Module) -> list[Key]:
+        """The axes of layers that the importance looks at, by layer and `"out"` or `"in"`."""
+        each = (ranked_by(model, group, self.choice.importance, self.choice.feeding) for group in self.groups)
+        return list(dict.fromkeys((member.layer, member.axis) for members in each for member in members))
 
     @property
     def left(self) -> float:

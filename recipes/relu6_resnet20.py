@@ -1,7 +1,8 @@
 """Another activation in a trained ResNet-20, and a short training that gets used to it: ReLU6, hard-swish or SiLU.
 
-Result: not run yet.
-Cost: not run yet.
+Result: seed 0, 8 epochs: ReLU6 90.70 % top-1 (9,070 of 10,000 test images), validation 91.10 % (911 of 1,000); the
+    control with ReLU 90.69 % (9,069), validation 90.80 % (908). The base has 90.38 % (9,038). Others: not run yet.
+Cost: 15 min 22 s on 1 core of an Intel Xeon with AMX, beside other work (bf16, 1 thread, torch 2.14.1).
 Run: micronet fit recipes/relu6_resnet20.py
      micronet fit recipes/relu6_resnet20.py -s activation=relu -o runs/relu_resnet20    # the control: nothing swapped
 Source: a course report on int8 networks, which trained ResNet-18 anew with ReLU6 in the place of ReLU: a bounded

@@ -5,13 +5,14 @@ from functools import partial
 
 import pytest
 import torch
-from pruning import CLASSES, count, coupled, prune
+from pruning import CLASSES, count, coupled, cut, prune
 from torch import nn
 
 from callbacks.channels import removal, whole
 from callbacks.dependency import find_groups
 from callbacks.prune_plan import Choice, Plan
 from callbacks.widths import narrow, widths
+from micronet.edits import fold_bn, low_rank, separable
 from micronet.models import resnet20
 
 SIZE = (3, 8, 8)
@@ -209,3 +210,24 @@ def test_the_network_is_left_alone_until_something_is_removed(capfd):
     assert torch.equal(drawn, torch.get_rng_state())
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [partial(low_rank, method="spatial_svd", energy=0.8), partial(low_rank, method="tucker2", energy=0.8)]
+    + [separable, fold_bn],
+    ids=["spatial_svd", "tucker2", "separable", "fold_bn"],
+)
+def test_edited_networks_are_pruned_by_what_flows_through_them(edit):
+    images = torch.randn(8, *SIZE)
+    model = edit(resnet20(num_classes=CLASSES), images=images).model
+    groups, skipped = find_groups(model, SIZE)
+    assert skipped == []
+    whole_network = resnet20(num_classes=CLASSES)
+    convs, were = (sum(isinstance(m, nn.Conv2d) for m in net.modules()) for net in (model, whole_network))
+    # Between two factors is a group of channels of its own; a depthwise convolution makes none.
+    assert len(groups) == len(find_groups(whole_network, SIZE)[0]) + (0 if edit is separable else convs - were)
+    before = count(model)
+    cut(model, params=0.5)
+    assert count(model) <= before / 2
+    assert model.eval()(images).shape == (8, CLASSES)
