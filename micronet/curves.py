@@ -8,9 +8,10 @@ what a round left after its recovery. Two recipes that differ in the rate give t
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from micronet.errors import MicronetError
 from micronet.report import new_figure, save_figure
@@ -33,14 +34,26 @@ class Round:
     error: float
 
 
-def read_rounds(stage: str | Path) -> list[Round]:
-    """Read the rounds of a stage.
+def rounds_of(rows: Sequence[Mapping[str, Any]], images: int) -> list[Round]:
+    """The rounds in a fit's history.
 
     Args:
-        stage: its folder in a run, such as `runs/prune/2-pruned`.
+        rows: one for each epoch, with `epoch` (from 0), `params` and `top1`, as numbers or text.
+        images: how many images `top1` is a share of.
 
     Returns:
         The rounds in their order; the first is the whole network where epochs came before its first round.
+    """
+    found = [(int(row["params"]), float(row["top1"]), int(row["epoch"]) + 1) for row in rows]
+    last = [one for one, then in zip(found, [*found[1:], None], strict=True) if then is None or then[0] != one[0]]
+    return [Round(params, top1, epoch, (top1 * (1 - top1) / images) ** 0.5) for params, top1, epoch in last]
+
+
+def read_rounds(stage: str | Path) -> list[Round]:
+    """Read the rounds of a finished stage.
+
+    Args:
+        stage: its folder in a run, such as `runs/prune_resnet20/2-pruned`.
 
     Raises:
         MicronetError: not the folder of a stage that pruned channels.
@@ -48,29 +61,25 @@ def read_rounds(stage: str | Path) -> list[Round]:
     stage = Path(stage)
     try:
         rows = list(csv.DictReader((stage / "history.csv").read_text().splitlines()))
-        images = json.loads((stage / "row.json").read_text())["valid"]["images"]
-        found = [(int(row["params"]), float(row["top1"]), int(row["epoch"]) + 1) for row in rows]
+        return rounds_of(rows, json.loads((stage / "row.json").read_text())["valid"]["images"])
     except (FileNotFoundError, NotADirectoryError) as error:
         missing = Path(error.filename).name
         raise MicronetError(f"{stage}: not the folder of a finished stage ({missing} is not there)") from error
     except (KeyError, ValueError, TypeError) as error:
         raise MicronetError(f"{stage}: its history.csv has no rounds: no channels were pruned in it") from error
-    last = [one for one, then in zip(found, [*found[1:], None], strict=True) if then is None or then[0] != one[0]]
-    return [Round(params, top1, epoch, (top1 * (1 - top1) / images) ** 0.5) for params, top1, epoch in last]
 
 
-def plot_rounds(stages: Mapping[str, str | Path], path: str | Path, title: str = "") -> None:
+def plot_rounds(lines: Mapping[str, Sequence[Round]], path: str | Path, title: str = "") -> None:
     """Draw accuracy against parameters, a line for each stage, a point for each of its rounds.
 
     Args:
-        stages: the folder of each stage, by what its line is to be called, such as "10 % a round".
+        lines: the rounds of each stage, by what its line is to be called, such as "10 % a round".
         path: the PNG.
         title: named above the plot.
 
     Raises:
-        MicronetError: a folder is not that of a stage that pruned channels; there is none.
+        MicronetError: there is no stage.
     """
-    lines = {name: read_rounds(stage) for name, stage in stages.items()}
     if not lines:
         raise MicronetError("there is no stage to draw")
     figure, ax = new_figure()

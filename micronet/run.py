@@ -14,6 +14,7 @@ from torch import nn
 from callbacks.protocol import all_masks, having
 from micronet import bundle as bundles
 from micronet.bundle import Bundle
+from micronet.curves import plot_rounds, rounds_of
 from micronet.data import Data, ImageSet, plain_loader
 from micronet.differences import differences
 from micronet.errors import MicronetError
@@ -264,6 +265,9 @@ class _Run:
             write_csv(result.rows, place / "history.csv")
             plot_curves(result.rows, place / "curves.png", f"{self.folder.name}: {fit.name}", _training(fit, data))
             plot_rates(result.lrs, place / "lr.png", f"{self.folder.name}: {fit.name}")
+            if len({epoch.get("params") for epoch in result.rows}) > 1:
+                rounds = rounds_of(result.rows, row["valid"]["images"])
+                plot_rounds({fit.name: rounds}, place / "rounds.png", f"{self.folder.name}: {fit.name}")
         row["file_bytes"] = (place / "model.pth").stat().st_size
         write_text(json.dumps(row, indent=1) + "\n", place / "row.json")
         (place / "checkpoint.pth").unlink(missing_ok=True)

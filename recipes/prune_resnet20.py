@@ -3,6 +3,7 @@
 Result: not run yet.
 Cost: not run yet.
 Run: micronet fit recipes/prune_resnet20.py
+     micronet fit recipes/prune_resnet20.py -s params=60000 -s rounds=4 -s epochs=16 -o runs/prune_rounds    # a curve
 Source: a course report on light models, which pruned a ResNet-20 of 91.27 % to 198,309 parameters ("structured 30 %";
     14-15 % of the channels give that number) and fine-tuned it to 91.59 %. Li et al. 2017, "Pruning Filters for
     Efficient ConvNets" (L1 norm).
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from callbacks.prune import PruneChannels
-from callbacks.ramp import OneShot
+from callbacks.ramp import OneShot, Rounds
 from micronet import Fit, Recipe, sgd
 from micronet.data import Augment, cifar10
 
@@ -25,6 +26,7 @@ def recipe(
     params: int = 198_309,
     importance: Literal["l1", "l2", "mean_abs", "fpgm", "random"] = "l1",
     scope: Literal["local", "global"] = "local",
+    rounds: int = 1,
     epochs: int = 8,
     lr: float = 0.05,
     smoke: bool = False,
@@ -35,11 +37,13 @@ def recipe(
         params: how many parameters may be left.
         importance: by what channels are ranked.
         scope: whether every layer loses the same share, or all channels are ranked together.
+        rounds: in how many equal cuts, with epochs to recover between; `rounds.png` draws accuracy against parameters.
         epochs: of fine-tuning.
         lr: its largest learning rate.
         smoke: one epoch.
     """
-    cut = partial(PruneChannels, params=params, importance=importance, scope=scope, schedule=OneShot())
+    schedule = OneShot() if rounds == 1 else Rounds(end=0.75, rounds=rounds)
+    cut = partial(PruneChannels, params=params, importance=importance, scope=scope, schedule=schedule)
     pruned = Fit(
         "pruned",
         epochs=1 if smoke else epochs,

@@ -195,8 +195,10 @@ def test_a_round_is_the_last_epoch_before_more_goes(trained, tmp_path, monkeypat
     assert rounds[-1].params == json.loads((trained / "2-rounds" / "row.json").read_text())["params"]
     column = rows[0].split(",").index("top1")
     assert [one.top1 for one in rounds] == [float(rows[one.epoch].split(",")[column]) for one in rounds]
-    plot_rounds({"10 % a round": trained / "2-rounds", "again": trained / "2-rounds"}, tmp_path / "c.png")
+    plot_rounds({"10 % a round": rounds, "again": rounds}, tmp_path / "c.png")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    assert (trained / "2-rounds" / "rounds.png").read_bytes().startswith(b"\x89PNG")  # the run draws its own
+    assert not (trained / "1-train" / "rounds.png").exists()
 
 
 def test_curves_of_something_else_are_refused(trained, tmp_path):
