@@ -61,7 +61,10 @@ def find_groups(model: nn.Module, input_size: Sequence[int]) -> tuple[list[Group
 def _unfit(shadow: nn.Module, layers: set[str]) -> str:
     """Why channels of these layers can't be removed; empty where they can."""
     modules, table = dict(shadow.named_modules()), widths(shadow)
+    owners = Counter(id(p) for module in modules.values() for p in module.parameters(recurse=False))
     for name in sorted(layers):
+        if any(owners[id(p)] > 1 for p in modules[name].parameters(recurse=False)):
+            return f"the weights of {name} are another layer's, too"
         if not axes(modules[name]):
             return f"{name} is a {type(modules[name]).__name__}, which can't be made narrower"
         try:

@@ -218,8 +218,9 @@ class Distill(Callback):
         self._taps.forget()
 
     def resized(self, kept: Mapping[str, Tensor]) -> None:
-        """Take the same channels away from the adapters."""
-        self._adapters.narrow(kept)
+        """Take the same channels away from the adapters; in a fit without epochs there are none any more."""
+        if self._adapters is not None:
+            self._adapters.narrow(kept)
 
     def after_fit(self) -> None:
         """Stop listening."""

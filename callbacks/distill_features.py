@@ -18,9 +18,12 @@ import torch
 import torch.nn.functional as F
 from fastai.optimizer import OptimWrapper
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from callbacks.widths import take
 
+MAKERS = (_ConvNd, nn.Linear, _NormBase, nn.GroupNorm)  # whose outputs are the rows of their tensors
 Key = tuple[str, str, int]  # the student's layer, the teacher's, the teacher's number
 Pairs = Mapping[str, str] | Sequence[tuple[str, str]]
 
@@ -180,10 +183,21 @@ class Adapters:
         self._source[key] = self._output_of(key[0], adapter.in_channels)
 
     def _output_of(self, layer: str, width: int) -> tuple[str, int] | None:
-        """The tensor that says which channels a layer gives, and its numbers a channel: the last one so wide."""
-        inside = self._student.get_submodule(layer).named_parameters()
-        sized = [(f"{layer}.{name}", p.numel() // width) for name, p in inside if p.shape[:1] == (width,)]
-        return sized[-1] if sized else None
+        """The tensor that says which channels a layer gives, and its numbers a channel; None where it can't be told.
+
+        A block's own forward may add, join or reorder what its layers give: only a layer that makes its channels itself
+        is sure, and a `Sequential` that ends with one.
+        """
+        module, path = self._student.get_submodule(layer), layer
+        while isinstance(module, nn.Sequential):
+            named = [(name, child) for name, child in module.named_children() if any(True for _ in child.parameters())]
+            if not named:
+                return None
+            path, module = f"{path}.{named[-1][0]}" if path else named[-1][0], named[-1][1]
+        if not isinstance(module, MAKERS):
+            return None
+        own = [(f"{path}.{name}", p) for name, p in module.named_parameters() if p.shape[:1] == (width,)]
+        return (own[-1][0], own[-1][1].numel() // width) if own else None
 
     def narrow(self, kept: Mapping[str, Tensor]) -> None:
         """Take the inputs away whose channels a layer of the student lost.

@@ -14,6 +14,7 @@ from fastai.callback.core import Callback
 from torch import Tensor, nn
 
 from callbacks.masks import apply_masks
+from callbacks.modules import set_tensors, tensors
 from callbacks.widths import take
 
 
@@ -35,7 +36,7 @@ def update_average(average: Iterable[Tensor], current: Iterable[Tensor], decay: 
 
 
 def _copy(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
+    return {name: value.detach().clone() for name, value in tensors(module).items()}
 
 
 class EMA(Callback):
@@ -73,7 +74,7 @@ class EMA(Callback):
         """Take this step's weights into the average."""
         self._steps += 1
         decay = min(self.decay, (1 + self._steps) / (10 + self._steps))
-        update_average(self._average.values(), self._module.state_dict().values(), decay)
+        update_average(self._average.values(), tensors(self._module).values(), decay)
 
     def masked(self, masks: Mapping[str, Tensor]) -> None:
         """Forget what masked weights were."""
@@ -92,7 +93,7 @@ class EMA(Callback):
         """Put the average into the network."""
         if self._average is not None:
             self._trained = _copy(self._module)
-            self._module.load_state_dict(self._average)
+            set_tensors(self._module, self._average)
 
     def after_epoch(self) -> None:
         """Put the trained weights back."""
@@ -101,7 +102,7 @@ class EMA(Callback):
     def after_fit(self) -> None:
         """Leave the average in the network."""
         if self._average is not None and self._steps:
-            self._module.load_state_dict(self._average)
+            set_tensors(self._module, self._average)
         self._average = self._trained = self._module = None
 
     def state_dict(self) -> dict[str, object]:
@@ -110,11 +111,11 @@ class EMA(Callback):
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Go on from a checkpoint, which may have been read to another device than the network's."""
-        current = self._module.state_dict()
+        current = tensors(self._module)
         self._average = {name: value.to(current[name].device) for name, value in state["average"].items()}
         self._steps = state["steps"]
 
     def _restore(self) -> None:
         if self._trained is not None:
-            self._module.load_state_dict(self._trained)
+            set_tensors(self._module, self._trained)
             self._trained = None

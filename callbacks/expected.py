@@ -32,6 +32,8 @@ class Expected:
         weight_bits: Width of the weights, 1 to 32.
         act_bits: Width of activations and of all constants but weights, 1 to 32.
         estimate: Whether a layer may come out otherwise, as by a criterion that compares the weights of all layers.
+        partial: Whether the zeros are in some layers only, so that `sparsity` says less than what others may leave.
+        masked: Names of the weights that get a mask, where they are known.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -42,6 +44,8 @@ class Expected:
     weight_bits: int | None = None
     act_bits: int | None = None
     estimate: bool = False
+    partial: bool = False
+    masked: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("ratio", "sparsity"):
@@ -82,13 +86,16 @@ def together(changes: Sequence[Expected]) -> Expected:
         ValueError: Two of them declare different values of one thing.
     """
     found: dict[str, Any] = {}
+    partial = any(change.partial for change in changes)
     for name in ("sparsity", "weight_bits", "act_bits"):
         values = sorted({getattr(change, name) for change in changes} - {None})
-        if len(values) > 1:
+        if len(values) > 1 and not (name == "sparsity" and partial):
             raise ValueError(f"two methods of one fit want another {name}: {values[0]} and {values[-1]}")
-        found[name] = values[0] if values else None
+        found[name] = values[-1] if values else None
     ratio = 1 - math.prod(1 - change.ratio for change in changes)
-    return Expected(ratio=ratio, **found, estimate=any(change.estimate for change in changes))
+    masked = tuple(dict.fromkeys(name for change in changes for name in change.masked))
+    estimate = any(change.estimate for change in changes)
+    return Expected(ratio=ratio, **found, estimate=estimate, partial=partial, masked=masked)
 
 
 def follow(before: Expected, change: Expected) -> Expected:
@@ -104,11 +111,12 @@ def follow(before: Expected, change: Expected) -> Expected:
     bits = before.weight_bits
     if bits and change.ratio:
         raise ValueError(f"channels are removed (ratio {change.ratio:g}) after quantising to {bits} bits: prune first")
+    part = before.partial or change.partial  # which layers' zeros these are is not compared
     if bits and (change.sparsity or 0) > (before.sparsity or 0):
         raise ValueError(
             f"weights are masked (sparsity {change.sparsity:g}) after quantising to {bits} bits: mask first"
         )
-    if change.sparsity is not None and change.sparsity < (before.sparsity or 0):
+    if change.sparsity is not None and change.sparsity < (before.sparsity or 0) and not part:
         raise ValueError(f"sparsity {change.sparsity:g} is asked where an earlier fit left {before.sparsity:g}")
     for name in ("weight_bits", "act_bits"):
         now, then = getattr(change, name), getattr(before, name)
@@ -116,8 +124,11 @@ def follow(before: Expected, change: Expected) -> Expected:
             raise ValueError(f"{name} {now} is asked where an earlier fit left {then}: no bit comes back")
     new = {name: getattr(change, name) for name in ("sparsity", "weight_bits", "act_bits")}
     kept = {name: getattr(before, name) if value is None else value for name, value in new.items()}
+    if part and kept["sparsity"] is not None:  # at least the zeros of the one or the other
+        kept["sparsity"] = max(kept["sparsity"], before.sparsity or 0)
     ratio = 1 - (1 - before.ratio) * (1 - change.ratio)
-    return Expected(ratio=ratio, **kept, estimate=before.estimate or change.estimate)
+    masked = tuple(dict.fromkeys(before.masked + change.masked))
+    return Expected(ratio=ratio, **kept, estimate=before.estimate or change.estimate, partial=part, masked=masked)
 
 
 def requantised(ledger: Ledger, weight_bits: int | None, act_bits: int | None) -> Ledger:

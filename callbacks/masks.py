@@ -51,6 +51,13 @@ def forget_masked(opt: Any, tensors: Mapping[str, Tensor], masks: Mapping[str, T
                 value.masked_fill_(~mask, 0)
 
 
+def _two_of_four(mask: Tensor) -> bool:
+    """Whether just two of each four consecutive input channels are kept, and not by chance."""
+    if mask.dim() < 2 or mask.shape[1] % 4 or mask.numel() < 64:
+        return False
+    return bool((mask.movedim(1, -1).reshape(-1, 4).sum(1) == 2).all())
+
+
 class KeepZeros(Callback):
     """Keeps masked weights at zero.
 
@@ -89,7 +96,16 @@ class KeepZeros(Callback):
 
     def resized(self, kept: Mapping[str, Tensor]) -> None:
         """Cut the masks as the weights were cut."""
-        self._masks = {n: take(mask, kept[n]) if n in kept else mask for n, mask in self._masks.items()}
+        cut = {n: take(mask, kept[n]) if n in kept else mask for n, mask in self._masks.items()}
+        broken = [n for n, mask in self._masks.items() if _two_of_four(mask) and not _two_of_four(cut[n])]
+        if broken:
+            raise ValueError(
+                f"{broken[0]}: two of each four input channels are zero, and would not be any more: remove channels "
+                "before the 2:4 zeros are made"
+            )
+        self._masks = cut
+        # Where the fit had no epochs, channels go when this callback is through with it.
+        self._given = {n: take(mask, kept[n]) if n in kept else mask for n, mask in self._given.items()}
 
     def after_fit(self) -> None:
         """Remember masks that were cut: they are what a further fit begins with."""

@@ -1,6 +1,31 @@
-"""Which modules can be replaced, and replacing them: one that a network has at several places is one."""
+"""Modules and tensors of a network, each once: one that it has at several places is one, and so is a shared weight."""
 
-from torch import nn
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Its parameters and buffers by name, each once: the state dict names one that is at several places several times.
+
+    Args:
+        model: a network.
+    """
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+@torch.no_grad()
+def set_tensors(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give a network's parameters and buffers other values, in place.
+
+    Args:
+        model: a network.
+        values: as `tensors` names them, of the same **shapes**.
+    """
+    own = tensors(model)
+    for name, value in values.items():
+        own[name].copy_(value)
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

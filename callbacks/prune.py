@@ -15,6 +15,7 @@ Source: Li et al. 2017, "Pruning Filters for Efficient ConvNets"; the dependenci
 Any Structural Pruning"; what a channel is judged by and compared with: `importance.py`, `selection.py`.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -157,7 +158,10 @@ class PruneChannels(ShowsColumn, Callback):
     def expected(self) -> Expected:
         """The share of the channels; where that is not the aim, what a network of even layers would lose."""
         choice, ratio = self.choice, self.choice.ratio
-        if isinstance(ratio, dict):
+        if self.learn is not None and (isinstance(ratio, dict) or choice.layers or choice.feeding):
+            network, masks = self.learn.model, self._masks()
+            ratio = 1 - Plan(network, image_size(self.learn), choice, masks).left_of(network, masks) ** 0.5
+        elif isinstance(ratio, dict):
             ratio = sum(ratio.values()) / len(ratio)
         elif ratio is None:
             share = choice.aim
@@ -176,10 +180,31 @@ class PruneChannels(ShowsColumn, Callback):
         self._size, self._loss = image_size(learn), learn.loss_func
         self._plan = Plan(network, self._size, self.choice, self._masks())
         self._skipped, self._alive, self._keys = self._plan.skipped, whole(self._plan.groups), self._plan.keys(network)
+        self._check_rounds()
         if self.choice.importance == "bn_scale" and (self.schedule(0.0) > 0 or learn.n_epoch == 0):
             self._ranks()  # refuses scales that no training has told apart
         self._told = [self._totals()]
         self.show_column()
+
+    def _check_rounds(self) -> None:
+        """Refuse rounds that no epoch follows, or in which nothing goes: each is to be a point of a curve."""
+        schedule, epochs = self.schedule, self.learn.n_epoch
+        if not isinstance(schedule, Rounds) or not epochs:
+            return
+        most = int((schedule.end - schedule.start) * epochs + 1e-9) + 1
+        if schedule.rounds > most:
+            raise ValueError(
+                f"{schedule.rounds} rounds between {schedule.start:g} and {schedule.end:g} of {epochs} epochs are less "
+                f"than an epoch apart, so that none could be told from the next: at most {most}, or more epochs"
+            )
+        shares = [place / schedule.rounds for place in range(1, schedule.rounds + 1)]
+        gone = self._plan.rounds(self.learn.model, self._masks(), shares)
+        for place, (then, now) in enumerate(itertools.pairwise([0, *gone]), 1):
+            if now <= then:
+                raise ValueError(
+                    f"round {place} of {schedule.rounds} would remove nothing, the aim is too small for so many: "
+                    f"{gone[-1]} channels go in all"
+                )
 
     def before_train(self) -> None:
         """Do what is due before the epoch's first step; what is due after the last one waits for the validation."""

@@ -72,11 +72,17 @@ class Choice:
 
     def _check_ratios(self) -> None:
         by_layer = isinstance(self.ratio, Mapping)
-        if by_layer and (self.scope != "local" or self.layers or self.feeding or not any(self.ratio.values())):
-            raise ValueError("ratio by layer needs a layer that loses some, goes with scope='local', names all layers")
         for ratio in self.ratio.values() if by_layer else [] if self.ratio is None else [self.ratio]:
-            if ratio < 0 or ratio > self.max_ratio or not (ratio or by_layer):
-                raise ValueError(f"ratio must be a fraction above 0, at most max_ratio={self.max_ratio}, got {ratio!r}")
+            number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
+            if not number or not 0 <= ratio <= self.max_ratio or not (ratio or by_layer):
+                most = self.max_ratio
+                raise ValueError(f"ratio must be a fraction above 0, at most max_ratio={most}, got {ratio!r}")
+        if by_layer and not any(self.ratio.values()):
+            raise ValueError("ratio by layer must name a layer that loses channels: none does")
+        if by_layer and (self.scope != "local" or self.layers or self.feeding):
+            raise ValueError(
+                "ratio by layer goes with scope='local' and without layers and feeding: it names the layers"
+            )
 
     @property
     def aim(self) -> float | None:
@@ -145,6 +151,30 @@ class Plan:
             raise ValueError(self._unreachable(count(len(chunks))))
         return chunks[:number]
 
+    def rounds(self, model: nn.Module, masks: Mapping[str, Tensor], shares: Sequence[float]) -> list[int]:
+        """How many channels are gone at some shares of the aim, where none matters more than another.
+
+        Args:
+            model: the whole network.
+            masks: of its zeros.
+            shares: of the aim, in (0, 1].
+        """
+        alive, nothing = whole(self.groups), {group.name: torch.zeros(group.channels) for group in self.groups}
+        found = (self.next(model, masks, alive, nothing, share) for share in shares)
+        return [sum(len(chunk.channels) for chunk in chunks) for chunks in found]
+
+    def left_of(self, model: nn.Module, masks: Mapping[str, Tensor]) -> float:
+        """The share of the network's parameters that the aim leaves, where no channel matters more than another.
+
+        Args:
+            model: the whole network.
+            masks: of its zeros.
+        """
+        alive, nothing = whole(self.groups), {group.name: torch.zeros(group.channels) for group in self.groups}
+        target = Params(model, self.groups)
+        after = without(alive, self.next(model, masks, alive, nothing, 1.0))
+        return target.guess(after) / target.begin
+
     def _counts(
         self, model: nn.Module, masks: Mapping[str, Tensor], alive: Alive, chunks: Sequence[Chunk]
     ) -> tuple[Callable[[int], float], Callable[[int], float]]:
@@ -204,7 +234,15 @@ class Plan:
         self, model: nn.Module, masks: Mapping[str, Tensor], alive: Alive, nothing: Mapping[str, Tensor]
     ) -> None:
         choice = self.choice
-        if not self.next(model, masks, alive, nothing, 1.0):
+        gone = self.next(model, masks, alive, nothing, 1.0)
+        idle = [name for name, ratio in self.ratios.items() if ratio and not any(c.group == name for c in gone)]
+        if gone and idle:
+            channels = next(group.channels * group.size for group in self.groups if group.name == idle[0])
+            raise ValueError(
+                f"ratio={self.ratios[idle[0]]!r} of {idle[0]} is less than half a channel, or half a step of round_to="
+                f"{choice.round_to}: of its {channels} channels none would go"
+            )
+        if not gone:
             widest = max(self.groups, key=lambda group: group.channels * group.size)
             raise ValueError(
                 f"nothing would be pruned: ratio={choice.ratio!r} is less than half a channel, or half a step of "

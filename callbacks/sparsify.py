@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from callbacks.expected import Expected
 from callbacks.masks import KeepZeros
 from callbacks.methods import by_reason, chosen, verdict
+from callbacks.modules import set_tensors, tensors
 from callbacks.protocol import all_masks, tell
 from callbacks.ramp import Cubic, Ramp, Rounds
 from callbacks.sparsity import (
@@ -40,6 +41,7 @@ from callbacks.sparsity import (
     grow,
     learns,
     sums,
+    too_little,
 )
 from callbacks.widths import take
 
@@ -113,7 +115,7 @@ class Sparsify(KeepZeros):
             raise ValueError(f"schedule must be a ramp, such as Cubic(), got {self.schedule!r}")
         by_layer = isinstance(self.sparsity, dict)
         for share in self.sparsity.values() if by_layer else [self.sparsity]:
-            if not 0 <= share < 1:
+            if not isinstance(share, int | float) or not 0 <= share < 1:
                 raise ValueError(f"sparsity must be a fraction in [0, 1), got {share!r}")
             if self.granularity == "2:4" and share != 0.5:
                 raise ValueError(f"sparsity must be 0.5 with 2:4, which is two of four, got {share!r}")
@@ -139,7 +141,7 @@ class Sparsify(KeepZeros):
         self._skipped: list[str] = []
         self._share: float | None = None  # of the aim that is reached; None before the first step
         self._cut = False  # whether weights were taken away since the masks were made
-        self._seen = 0  # steps whose gradients were looked at
+        self._looked = False  # whether a gradient was seen
         self._start: dict[str, Tensor] | None = None  # what is put back
 
     @property
@@ -167,7 +169,7 @@ class Sparsify(KeepZeros):
         """The share of all convolutions' and linear layers' weights; where some are skipped, an estimate."""
         asked = self.sparsity
         share = sum(asked.values()) / len(asked) if isinstance(asked, dict) else asked
-        inexact = isinstance(asked, dict) or bool(self.skip) or self.scope != "local"
+        partial, masked = isinstance(asked, dict) or bool(self.skip), ()
         if self.learn is not None:
             network = self.learn.model
             shares, _ = self._find(network)
@@ -175,8 +177,8 @@ class Sparsify(KeepZeros):
             every, _ = chosen("sparsify weight", network)
             whole = sum(layer.weight.numel() for layer in every.values())
             share = sum(s * weights[name].numel() for name, s in shares.items()) / whole
-            inexact = inexact or len(shares) < len(every)
-        return Expected(sparsity=share, estimate=inexact)
+            partial, masked = partial or len(shares) < len(every), tuple(shares)
+        return Expected(sparsity=share, estimate=partial or self.scope != "local", partial=partial, masked=masked)
 
     def before_fit(self) -> None:
         """Find the layers, check what is asked, and begin with the masks that there are."""
@@ -186,9 +188,14 @@ class Sparsify(KeepZeros):
         weights = {name: p for name, p in network.named_parameters() if name in self._shares}
         known = all_masks(self.learn)
         masks = {name: known.get(name, torch.ones_like(p, dtype=torch.bool)) for name, p in weights.items()}
+        little = []
         for names, share in self._pools():
             where = f"of {names[0]}" if self.scope == "local" else "of the weights"
             check_room({name: masks[name] for name in names}, share, self.granularity, where)
+            little.append(too_little({name: masks[name] for name in names}, share, self.granularity))
+        if all(little) or (isinstance(self.sparsity, dict) and any(little)):
+            asked, unit = self.sparsity, self.granularity
+            raise ValueError(f"sparsity {asked} is less than half a {unit}: nothing would be masked")
         if learns(self.criterion) and self.learn.n_epoch == 0:
             raise ValueError(f"criterion {self.criterion!r} judges by the gradients of steps: epochs must be above 0")
         self._masks, self._scores = masks, first_scores(self.criterion, weights, self.seed or 0)
@@ -202,7 +209,7 @@ class Sparsify(KeepZeros):
         """Look at the gradients."""
         if learns(self.criterion) and not self.settled:
             gather(self.criterion, self._scores, self._weights())
-            self._seen += 1
+            self._looked = True
 
     def after_batch(self) -> None:
         """Follow the ramp: also where no step was made, as while gradients are accumulated."""
@@ -230,7 +237,7 @@ class Sparsify(KeepZeros):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to go on."""
-        mine = {"scores": self._scores, "share": self._share, "seen": self._seen, "start": self._start}
+        mine = {"scores": self._scores, "share": self._share, "start": self._start}
         return {"masks": self._masks} | mine
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -238,7 +245,7 @@ class Sparsify(KeepZeros):
         super().load_state_dict(state)
         weights = self._weights()
         self._scores = {name: value.to(weights[name].device) for name, value in state["scores"].items()}
-        self._share, self._seen, self._start = state["share"], state["seen"], state["start"]
+        self._share, self._start = state["share"], state["start"]
 
     def _weights(self) -> dict[str, nn.Parameter]:
         parameters = dict(self.learn.model.named_parameters())
@@ -275,11 +282,11 @@ class Sparsify(KeepZeros):
     def _follow(self, progress: float, on_time: bool = True) -> None:
         """Mask, remember and put back what is due at a progress; what is not `on_time` waits, where it can."""
         if self.rewind is not None and self._start is None and progress >= self.rewind and not self.settled:
-            self._start = {name: value.clone() for name, value in self.learn.model.state_dict().items()}
+            self._start = {name: value.detach().clone() for name, value in tensors(self.learn.model).items()}
         before, share = self._share or 0.0, self.schedule(progress)
         rounds = isinstance(self.schedule, Rounds)
         due = share > before and (on_time or rounds or before == 0 or share == 1)
-        if due and learns(self.criterion) and not self._seen:
+        if due and learns(self.criterion) and not self._looked:
             if share == 1:
                 raise ValueError(f"criterion {self.criterion!r} has seen no gradient yet: end the ramp later")
             due = False
@@ -304,7 +311,7 @@ class Sparsify(KeepZeros):
 
     def _put_back(self) -> None:
         """Put the remembered weights back, but for masked ones."""
-        self.learn.model.load_state_dict(self._start)
+        set_tensors(self.learn.model, self._start)
         self.learn.opt.clear_state()
         self._mask()
         tell(self.learn, "rewound")

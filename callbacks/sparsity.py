@@ -219,6 +219,18 @@ def sums(masks: Mapping[str, Tensor]) -> tuple[int, int]:
     return size - sum(int(mask.count_nonzero()) for mask in masks.values()), size
 
 
+def too_little(masks: Mapping[str, Tensor], share: float, granularity: Granularity) -> bool:
+    """Whether a share of zeros is less than half a unit, so that nothing would be masked for it.
+
+    Args:
+        masks: as they are now.
+        share: of zeros, that is wanted.
+        granularity: what goes together.
+    """
+    unit = min(to_units(mask, granularity).shape[1] for mask in masks.values())
+    return 0 < share * sums(masks)[1] < unit / 2
+
+
 def check_room(masks: Mapping[str, Tensor], share: float, granularity: Granularity, where: str) -> None:
     """Refuse a share of zeros that `grow` can't reach from masks, whatever the scores are.
 

@@ -107,6 +107,11 @@ class Teacher:
             self.taps.open()
             with context:
                 logits = self._run(*xb)
+        except RuntimeError as error:
+            shapes = " and ".join(str(tuple(x.shape)) for x in xb)
+            raise ValueError(
+                f"the teacher can't take the student's batch {shapes}: {str(error).strip().splitlines()[0][:160]}"
+            ) from error
         finally:
             self.taps.close()
             for module in training:

@@ -67,11 +67,13 @@ def sensitivity(
     use_data(data_dir)
     check_device(device)
     from micronet.bundle import load
+    from micronet.data import check_name
     from micronet.learner import pick_device
     from micronet.measure import images_for
     from micronet.model_source import of_bundle
     from micronet.sensitivity import measure_sensitivity, plot_sensitivity
 
+    check_name(data)
     bundle = load(model, factory=find_users_factory(factory))
     try:
         how = split_of(bundle, model, data, "valid")

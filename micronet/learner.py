@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from callbacks.checkpoint import Checkpoint, EarlyStop, KeepBest
 from callbacks.ema import EMA
+from callbacks.expected import declared
 from callbacks.masks import KeepZeros
 from callbacks.precision import Precision, bf16_speeds_up
 from callbacks.schedule import OneCycle
@@ -30,7 +31,7 @@ from micronet.errors import MicronetError
 from micronet.optim import CrossEntropy, decay_groups, metrics
 from micronet.progress import History, Table
 from micronet.recipe import Fit, Recipe, blaming
-from micronet.start import begin
+from micronet.start import begin, some_images
 
 
 def pick_device(name: str | None = None) -> str:
@@ -190,13 +191,27 @@ def _read_checkpoint(file: Path | None) -> dict[str, Any] | None:
         raise MicronetError(f"{file}: damaged checkpoint; delete it to begin this stage anew") from error
 
 
+def first_trained(recipe: Recipe) -> Fit:
+    """The first stage of a recipe that has epochs.
+
+    Raises:
+        MicronetError: there is none.
+    """
+    found = next((fit for fit in recipe.stages if fit.epochs), None)
+    if found is None:
+        raise MicronetError("no stage of the recipe has epochs: there is no learning rate to look for")
+    return found
+
+
 def find_lr(
     recipe: Recipe, *, steps: int = 100, seed: int = 0, limit: int | None = None, device: str | None = None
 ) -> tuple[list[float], list[float], float]:
-    """Train a recipe's first stage with a growing learning rate, until the loss explodes.
+    """Train a recipe's first stage that has epochs with a growing learning rate, until the loss explodes.
+
+    What would change the network's size or zeros on the way is left out: it is not what the rate is chosen for.
 
     Args:
-        recipe: its first stage names optimizer, loss and callbacks.
+        recipe: that stage names optimizer, loss and callbacks; edits up to it are made.
         steps: at most; the learning rate grows from 1e-7 to 10 over them.
         seed: of weights, order and augmentation.
         limit: most images in each split; None for all.
@@ -217,10 +232,12 @@ def find_lr(
     with tempfile.TemporaryDirectory() as folder:
         with blaming("recipe"):
             data = recipe.data() if limit is None else recipe.data().limit(limit)
-            start = begin(recipe, data)
-            learn = make_learner(
-                recipe.stages[0], start.model, data, masks=start.masks, device=device, seed=seed, path=folder
-            )
+            start, fit = begin(recipe, data), first_trained(recipe)
+            model = start.model
+            for edit in [edit for stage in recipe.stages[: recipe.stages.index(fit) + 1] for edit in stage.edit]:
+                model = edit(model, images=some_images(data)).model
+            learn = make_learner(fit, model, data, masks=start.masks, device=device, seed=seed, path=folder)
+            learn.remove_cbs([cb for cb in learn.cbs if declared(cb) is not None])
         # fastai's 0.98 averages over about 50 steps, half of 100, and so smears the loss over four powers of ten.
         learn.recorder.smooth_loss.beta = max(0.0, 1 - 10 / steps)
         learn.lr_find(num_it=steps, show_plot=False, suggest_funcs=None)

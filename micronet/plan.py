@@ -72,7 +72,8 @@ class StagePlan:
             "epochs": self.epochs,
             "batch_size": self.batch_size,
             "bf16": self.bf16,
-            "expected": vars(self.expected) | {"estimate": self.expected.estimated},
+            "expected": vars(self.expected)
+            | {"estimate": self.expected.estimated, "masked": len(self.expected.masked)},
             "params": self.params,
             **{name: getattr(self.score, name) for name in known},
             "file_bytes": self.file_bytes,
@@ -171,6 +172,7 @@ class _Planner:
             self.data: Data = data if limit is None else data.limit(limit)
         with blaming(f"{where}, model"):
             self.bundle = begin(recipe, self.data)
+        self.masks = dict(self.bundle.masks)
         self.ledger, logits = self._count()
         self.findings = [*check_data(self.data, logits)]
         self.busy = busy()
@@ -217,7 +219,7 @@ class _Planner:
             for edit in fit.edit:
                 edited = edit(self.bundle.model, images=some_images(self.data, 32))
                 self.bundle = replace(self.bundle, model=edited.model, edits=[*self.bundle.edits, edited.log])
-                check_masks_fit(self.bundle, edited.log)
+                check_masks_fit(replace(self.bundle, masks=self.masks), edited.log)
             if fit.edit:
                 self.ledger, _ = self._count()
         except Exception as error:  # an edit can fail in any way on a network that it was not made for
@@ -236,10 +238,14 @@ class _Planner:
     def _expected(self, fit: Fit, learn: Learner, before: Expected) -> Expected:
         try:
             changes = [change for change in map(declared, learn.cbs) if change is not None]
-            return follow(before, together(changes))
+            after = follow(before, together(changes))
         except ValueError as error:
             self._refuse(fit, MicronetError(str(error)))
             return before
+        state = self.bundle.model.state_dict()
+        for name in state.keys() & set(after.masked):  # which elements is not known; a later edit may lose them
+            self.masks.setdefault(name, torch.ones(state[name].shape, dtype=torch.bool))
+        return after
 
     def _time(self, fit: Fit, learn: Learner) -> Timing | None:
         try:

@@ -11,6 +11,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.learner import Learner
 
 from callbacks.checkpoint import Checkpoint, EarlyStop, KeepBest
+from callbacks.masks import KeepZeros
 from callbacks.precision import bf16_speeds_up
 from callbacks.schedule import MultiStep, OneCycle, Step
 from micronet.data import Data
@@ -69,14 +70,18 @@ def check_stage(fit: Fit, learn: Learner, data: Data, device: str) -> Iterator[F
         device: where to train.
     """
     if fit.epochs == 0:  # its other settings are as idle, and harmless
-        if not any(map(_acts, list(learn.cbs)[len(learn.cbs) - len(fit.cbs) :])):
-            yield Finding(fit.name, False, "0 epochs and no callback that acts without any: it changes nothing")
+        own = list(learn.cbs)[len(learn.cbs) - len(fit.cbs) :]
+        idle = [type(cb).__name__ for cb in own if not _acts(cb)]
+        if own and idle:
+            yield Finding(fit.name, False, f"0 epochs: {', '.join(idle)} acts on steps, and has none")
+        elif not own and not fit.edit:
+            yield Finding(fit.name, False, "0 epochs, no edit and no callback: it changes nothing")
         return
     for refused, text in (*_batches(fit, learn, data), *_schedule(fit), *_choice(fit, data), *_device(fit, device)):
         yield Finding(fit.name, refused, text)
     own = ([KeepBest] if fit.keep == "best" else []) + ([EarlyStop] if fit.early_stop else []) + [Checkpoint]
     kinds = Counter([*(type(cb) for cb in learn.cbs), *own])
-    for kind in (kind for kind, count in kinds.items() if count > 1):
+    for kind in (kind for kind, count in kinds.items() if count > 1 and not issubclass(kind, KeepZeros)):
         yield Finding(
             fit.name, False, f"two callbacks {kind.__name__}: the fit's own settings give one already, or cbs"
         )
@@ -84,7 +89,11 @@ def check_stage(fit: Fit, learn: Learner, data: Data, device: str) -> Iterator[F
 
 def _acts(cb: Any) -> bool:
     # An epoch's events never come in a fit without epochs. Asked of the class: an instance looks in the Learner, too.
-    return any(hasattr(type(cb), name) for name in ("expected", "after_create", "before_fit", "after_fit"))
+    # Of micronet's own callbacks those act that declare what they change; another's may do anything in its events.
+    kind = type(cb)
+    ours = kind.__module__.partition(".")[0] == "callbacks"
+    names = ("expected", "onnx") if ours else ("expected", "after_create", "before_fit", "after_fit")
+    return any(hasattr(kind, name) for name in names)
 
 
 def _batches(fit: Fit, learn: Learner, data: Data) -> Iterator[tuple[bool, str]]:

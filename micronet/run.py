@@ -255,7 +255,7 @@ class _Run:
         }
         if index == len(self.recipe.stages) - 1 and data.test is not None:
             row["test"] = self._evaluate(bundle.model, data.test, data)
-        cost = score(place / "model.pth")
+        cost = score(bundle.model, input_size=bundle.input_size, masks=bundle.masks)
         row |= {"params": cost.ledger.params, "rules": cost.rules.name}  # params as trained; storage as deployed
         row |= {name: getattr(cost, name) for name in ("storage", "mults", "adds", "macs", "ops", "score")}
         # The rows of this run's stages before are read with what their files could not say of themselves.

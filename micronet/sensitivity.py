@@ -147,6 +147,12 @@ def measure_sensitivity(
         raise MicronetError(f"{name}: {error}") from error
     left = [group.name for group in groups if group not in found]
     plans = {group.name: list(_levels(group, ratios)) for group in found}
+    if not any(plans.values()):
+        most = max(group.channels for group in found)
+        raise MicronetError(
+            f"{name}: ratios of {', '.join(f'{ratio:g}' for ratio in ratios)} remove no channel of any group (the "
+            f"widest has {most}): give larger ones"
+        )
     with progress(f"pruning {len(found)} groups", 1 + sum(map(len, plans.values()))) as advance:
         begun, done = _right(copied(model, torch.clone).to(device), loader, device), 1
         curves = []
@@ -175,7 +181,8 @@ def measure_sensitivity(
 
 def _levels(group: Group, ratios: Sequence[float]) -> Iterator[int]:
     """How many channels go at each ratio, each number once."""
-    numbers = {min(round(ratio * group.channels), group.channels - 1) for ratio in ratios}
+    # Rounded down: a ratio that was asked for, and is read back, must not become one that is refused as too large.
+    numbers = {min(int(ratio * group.channels + 1e-9), group.channels - 1) for ratio in ratios}
     yield from sorted(numbers - {0})
 
 

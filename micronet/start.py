@@ -1,18 +1,21 @@
 """The network that a recipe's first stage begins with: built anew, or read from a file."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from callbacks.torch_masks import take_masks
 from micronet import bundle as bundles
 from micronet.bundle import Bundle
 from micronet.data import Data, plain_loader
-from micronet.errors import MicronetError
+from micronet.errors import MicronetError, first_line
 from micronet.factories import describe_factory, innermost
-from micronet.recipe import Recipe
+from micronet.provenance import cut_otherwise, data_call
+from micronet.recipe import Recipe, describe
 
 
 def begin(recipe: Recipe, data: Data) -> Bundle:
@@ -28,17 +31,49 @@ def begin(recipe: Recipe, data: Data) -> Bundle:
     if isinstance(recipe.model, Path):
         bundle = bundles.load(recipe.model)
         check_suits(bundle, data, str(recipe.model))
-        return bundle
+        _check_split(recipe, bundle)
+        return _at_size(bundle, data, str(recipe.model))
     factory, kwargs = describe_factory(recipe.model)
+    model = recipe.model(num_classes=data.num_classes)
+    masks = take_masks(model)  # of torch.nn.utils.prune, in a network of the user's
     return Bundle(
-        model=recipe.model(num_classes=data.num_classes),
+        model=model,
         factory=factory,
         kwargs=kwargs | {"num_classes": data.num_classes},
         classes=data.classes,
         input_size=data.input_size,
         mean=data.mean,
         std=data.std,
+        masks=masks,
     )
+
+
+def _check_split(recipe: Recipe, bundle: Bundle) -> None:
+    """Refuse to validate on images that the network was trained on."""
+    then, now = data_call(bundle.provenance), data_call({"resolved": {"recipe": {"data": describe(recipe.data)}}})
+    if cut_otherwise(then, now):
+        cuts = [", ".join(f"{k}={call[k]}" for k in ("valid", "split_seed") if k in call) for call in (then, now)]
+        raise MicronetError(
+            f"{recipe.model}: was trained with another cut of valid from train ({cuts[0] or 'the usual one'}) than "
+            f"this recipe's ({cuts[1] or 'the usual one'}): it would be validated on images that it was trained on"
+        )
+
+
+def _at_size(bundle: Bundle, data: Data, name: str) -> Bundle:
+    """A network for the data's images, which may be larger or smaller than those that it was trained on."""
+    if bundle.input_size == data.input_size:
+        return bundle
+    wanted = "x".join(map(str, data.input_size))
+    try:
+        with torch.no_grad():
+            bundle.model(torch.zeros(1, *data.input_size))
+    except RuntimeError as error:
+        known = "x".join(map(str, bundle.input_size))
+        raise MicronetError(
+            f"{name}: was made for images of {known} (channels, height, width) and can't take {data.name}'s {wanted}: "
+            f"{first_line(error)[:120]}"
+        ) from error
+    return replace(bundle, input_size=data.input_size)
 
 
 def load_stage(recipe: Recipe, path: Path) -> Bundle:

@@ -26,7 +26,7 @@ def recipe(
     *,
     macs: float = 0.3,
     sparsity: float = 0.6,
-    epochs: int = 7,
+    epochs: int = 5,
     lr: float = 0.05,
     smoke: bool = False,
 ) -> Recipe:

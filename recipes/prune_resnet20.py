@@ -1,4 +1,4 @@
-"""Fewer channels in ResNet-20: pruned at once to a number of parameters, then trained on to recover.
+"""Fewer channels in ResNet-20: pruned at once to a number of parameters, then taught by what it was to recover.
 
 Result: not run yet.
 Cost: not run yet.
@@ -17,6 +17,7 @@ from callbacks.prune import PruneChannels
 from callbacks.ramp import OneShot, Rounds
 from micronet import Fit, Recipe, sgd
 from micronet.data import Augment, cifar10
+from micronet.teachers import distill_from
 
 BASE = Path(__file__).parents[1] / "tests" / "data" / "resnet20_cifar10.pth"
 
@@ -27,7 +28,8 @@ def recipe(
     importance: Literal["l1", "l2", "mean_abs", "fpgm", "random"] = "l1",
     scope: Literal["local", "global"] = "local",
     rounds: int = 1,
-    epochs: int = 8,
+    weight: float = 0.7,
+    epochs: int = 10,
     lr: float = 0.05,
     smoke: bool = False,
 ) -> Recipe:
@@ -38,12 +40,14 @@ def recipe(
         importance: by what channels are ranked.
         scope: whether every layer loses the same share, or all channels are ranked together.
         rounds: in how many equal cuts, with epochs to recover between; `rounds.png` draws accuracy against parameters.
+        weight: share of the loss that the unpruned network teaches; 0 leaves it out.
         epochs: of fine-tuning.
         lr: its largest learning rate.
         smoke: one epoch.
     """
     schedule = OneShot() if rounds == 1 else Rounds(end=0.75, rounds=rounds)
     cut = partial(PruneChannels, params=params, importance=importance, scope=scope, schedule=schedule)
+    taught = (partial(distill_from, BASE, temperature=4.0, weight=weight),) if weight else ()
     pruned = Fit(
         "pruned",
         epochs=1 if smoke else epochs,
@@ -52,8 +56,7 @@ def recipe(
         wd=5e-4,
         ema=0.999,
         keep="last",
-        label_smoothing=0.1,
-        cbs=(cut,),
+        cbs=(cut, *taught),
     )
     return Recipe(
         data=partial(cifar10, batch_size=64, valid=0.02, augment=Augment(crop=4, flip=0.5)),

@@ -100,7 +100,7 @@ def test_evaluate_prints_counts_and_draws(trained, call, tmp_path):
 def test_lr_find_suggests_and_draws(call, tmp_path):
     status, out, _ = call("lr-find", QUICKSTART, "-o", tmp_path / "lr.png", "--steps", "60")
     assert status == 0
-    found = re.search(r"suggested learning rate: (\S+), where the smoothed loss was least", out)
+    found = re.search(r"suggested learning rate for train: (\S+), where the smoothed loss was least", out)
     # Measured, 20 epochs, seed 0: 0.003 ends at 98 % on validation, 0.01 to 0.3 at 99 to 100 %, 1.0 diverges.
     assert 0.01 <= float(found[1]) <= 0.3
     assert (tmp_path / "lr.png").read_bytes().startswith(b"\x89PNG")

@@ -6,6 +6,7 @@ from micronet.data.loader import BatchLoader as BatchLoader
 from micronet.data.loader import loaders as loaders
 from micronet.data.loader import plain_loader as plain_loader
 from micronet.data.named import by_name as by_name
+from micronet.data.named import check_name as check_name
 from micronet.data.named import usual_augment as usual_augment
 from micronet.data.sources import cifar10 as cifar10
 from micronet.data.sources import cifar100 as cifar100

@@ -8,6 +8,8 @@ from micronet.data.sources import cifar10, cifar100, digits, image_folder
 from micronet.data.splits import Data
 from micronet.errors import MicronetError
 
+KNOWN = {"digits": digits, "cifar10": cifar10, "cifar100": cifar100}
+
 
 def by_name(name: str, size: int = 32, **cut: Any) -> Data:
     """Load one of the known data sets, or an image folder.
@@ -20,12 +22,21 @@ def by_name(name: str, size: int = 32, **cut: Any) -> Data:
     Raises:
         MicronetError: neither a known name nor a folder.
     """
-    known = {"digits": digits, "cifar10": cifar10, "cifar100": cifar100}
-    if name in known:
-        return known[name](**cut)
-    if not Path(name).is_dir():
-        raise MicronetError(f"no data set {name!r}: give {', '.join(known)}, or the path of an image folder")
-    return image_folder(name, size=size, **cut)
+    check_name(name)
+    return image_folder(name, size=size, **cut) if name not in KNOWN else KNOWN[name](**cut)
+
+
+def check_name(name: str) -> None:
+    """Refuse what `by_name` does not know.
+
+    Args:
+        name: as it takes it.
+
+    Raises:
+        MicronetError: neither a known name nor a folder.
+    """
+    if name not in KNOWN and not Path(name).is_dir():
+        raise MicronetError(f"no data set {name!r}: give {', '.join(KNOWN)}, or the path of an image folder")
 
 
 def usual_augment(name: str) -> Augment | None:
