@@ -1,7 +1,10 @@
 """The separable network on CIFAR-10, taught by the committed ResNet-20; `-s weight=0` trains it alone.
 
-Result: not run yet.
-Cost: not run yet.
+Result: seed 0, 10 epochs: taught 76.39 % top-1 (7,639 of 10,000 test images), validation 76.50 % (765 of 1,000); alone
+    75.94 % (7,594), validation 75.70 %: 0.45 points from the teacher, of 90.38 %, about one standard error of 10,000
+    images. 264,202 parameters, 1.9 M multiply-accumulates.
+Cost: 10 min 29 s taught, 4 min 17 s alone, on 1 core of an AMD EPYC with AVX512-BF16, beside other work (bf16,
+    1 thread, torch 2.14.1).
 Run: micronet fit recipes/distill_separable.py
      micronet fit recipes/distill_separable.py -s weight=0 -o runs/separable_scratch    # the same without a teacher
 Source: a course report on a separable student for Food-11 (temperature 20, weight 0.5), where a teacher of 80.09 %

@@ -1,7 +1,10 @@
 """ResNet-20 with its convolutions split into two or three small ones, at half the multiply-accumulates.
 
-Result: not run yet.
-Cost: not run yet.
+Result: seed 0, 8 epochs: spatial SVD 89.65 % top-1 (8,965 of 10,000 test images), validation 90.20 % (902 of 1,000),
+    126,608 parameters, 20.4 M multiply-accumulates; Tucker-2 89.41 % (8,941), validation 89.10 %, 128,319 and 20.4 M.
+    The base has 90.38 % (9,038), 272,474 and 40.8 M. Before the training 237 and 174 of 256 images keep their class.
+Cost: 12 min 24 s (SVD) and 12 min 49 s on 1 core of an AMD EPYC with AVX512-BF16, beside other work (bf16, 1 thread,
+    torch 2.14.1).
 Run: micronet fit recipes/low_rank_resnet20.py
      micronet fit recipes/low_rank_resnet20.py -s method=tucker2 -o runs/tucker
 Source: Jaderberg, Vedaldi and Zisserman 2014 (k x 1 after 1 x k); Kim et al. 2016 (Tucker-2).
