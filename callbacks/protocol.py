@@ -10,15 +10,32 @@ A callback class may define any of these; nobody keeps a list of the classes tha
     masked(masks)          weights were set to zero: do the same to what is kept of each weight
     resized(kept)          elements were taken away: `kept` is `widths.narrow`'s; take them from what is kept of them
     rewound()              the weights were put back to what they once were: begin anew what is averaged over steps
+    onnx                   a property: an `OnnxFile` that its fit leaves beside the network; None before, or where none
     summary                what it did, in one line, to be printed after the fit; a property: Learner has this name, too
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """A graph that a callback made of the network that a fit left.
+
+    Args:
+        name: of the file that it is to be.
+        content: its bytes.
+        how: what it was made by, plain values.
+    """
+
+    name: str
+    content: bytes
+    how: dict[str, Any]
 
 
 def having(learn: Learner, name: str) -> list[Callback]:
@@ -30,6 +47,21 @@ def having(learn: Learner, name: str) -> list[Callback]:
             the Learner, and from there in the network.
     """
     return [cb for cb in learn.cbs.sorted("order") if hasattr(type(cb), name)]
+
+
+def onnx_of(learn: Learner) -> OnnxFile | None:
+    """The ONNX graph that a fit left; None where there is none.
+
+    Args:
+        learn: after the fit.
+
+    Raises:
+        ValueError: two callbacks leave one of the same name.
+    """
+    found = [made for cb in having(learn, "onnx") if (made := cb.onnx) is not None]
+    if len(found) > 1:
+        raise ValueError(f"two callbacks of one fit leave an ONNX file: {found[0].name} and {found[1].name}")
+    return found[0] if found else None
 
 
 def tell(learn: Learner, name: str, *args: Any) -> None:

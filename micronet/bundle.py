@@ -17,14 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from callbacks.fake_quantize import bits_of
 from callbacks.saving import plain, write_atomically
 from callbacks.widths import narrower, set_widths, widths
 from micronet.edits import replay
+from micronet.edits.quantised import entry as quantised_entry
 from micronet.errors import MicronetError, first_line
 from micronet.factories import find_factory, is_plain
+from micronet.minmax8 import decode, encode
+from micronet.rebuild import check_shapes, fill, rebuilt
 
 FORMAT = "micronet"
-VERSION = 1
+VERSION = 2  # files with weights of 8 bits; without them a file is of version 1, for readers of that
 
 
 @dataclass
@@ -44,7 +48,8 @@ class Bundle:
         masks: for each masked parameter, by its name in the state dict, a bool tensor of its shape: False where the
             parameter is zero and stays so. They declare which zeros are meant.
         edits: changes of structure since the factory built the network, in their order, as `micronet.edits` logs them.
-            Widths are not among them: `save` finds which layers are narrower than what the factory and the edits give.
+            `save` adds an entry for layers that a training quantised. Widths are not among them: `save` finds which
+            layers are narrower than what the factory and the edits give.
     """
 
     model: nn.Module
@@ -59,6 +64,11 @@ class Bundle:
     masks: dict[str, Tensor] = field(default_factory=dict)
     edits: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def bits(self) -> dict[str, tuple[int, int]]:
+        """Widths of the quantised layers: by name, of the weights and of the input."""
+        return bits_of(self.model)
+
 
 def save(
     bundle: Bundle,
@@ -72,22 +82,26 @@ def save(
     Args:
         bundle: what to write.
         path: the file.
-        dtype: floating-point type of the stored weights, such as `torch.float16` for half the size; None as they are.
-            `load` gives float32 back: the network that the file describes is the rounded one.
+        dtype: type of the stored weights: `torch.float16` for half the size, `torch.uint8` for a quarter, as `minmax8`
+            has it; None as they are. `load` gives float32 back: the file describes the rounded network.
         factory: the function that `bundle.factory` names, where that is not micronet's, torchvision's or timm's.
 
     Raises:
         MicronetError: a mask belongs to no parameter, or a parameter is not zero where its mask says so; factory and
             edits don't give a network with these weights, at any widths: what was written could not be loaded.
     """
-    structure = _structure(bundle, factory)
+    structure = structure_of(bundle, factory)
     _check_masks(bundle.masks, bundle.model.state_dict())
     state = {name: value.detach().cpu().contiguous() for name, value in bundle.model.state_dict().items()}
-    if dtype is not None:
+    coded = {}
+    if dtype is torch.uint8:
+        coded = {"minmax8": encode(state)}
+        state = {name: value for name, value in state.items() if not value.is_floating_point()}
+    elif dtype is not None:
         state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     content = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if coded else 1,
         "factory": bundle.factory,
         "kwargs": bundle.kwargs,
         "state": state,
@@ -99,6 +113,7 @@ def save(
         "provenance": bundle.provenance,
         "masks": {name: _packed(mask) for name, mask in bundle.masks.items()},
         **structure,
+        **coded,
     }
     write_atomically(plain(content), path)
 
@@ -107,18 +122,35 @@ def load(path: str | Path, *, factory: Callable[..., nn.Module] | None = None) -
     """Read a bundle; its logits are bit-equal to those of the network that was saved.
 
     Args:
-        path: the file.
+        path: the file; one that `micronet pack` wrote is read, too.
         factory: builds the network instead of the one that the file names; called with the file's keyword arguments.
 
     Raises:
         MicronetError: no such file; truncated; not PyTorch's; a pickle of objects; not a bundle; of a newer version;
             its factory is not allowed; its weights don't fit.
     """
-    content = _read(Path(path))
+    from micronet.unpack import is_packed, read
+
+    if is_packed(path):
+        return read(path, factory=factory).bundle
+    return assemble(_read(Path(path)), path, factory)
+
+
+def assemble(content: dict[str, Any], path: str | Path, factory: Callable[..., nn.Module] | None) -> Bundle:
+    """Build the network of a file's content, and fill it.
+
+    Args:
+        content: the file's fields, as `check_fields` passes them.
+        path: the file, for messages.
+        factory: builds the network instead of the one that the file names.
+
+    Raises:
+        MicronetError: the factory is not allowed; the weights don't fit.
+    """
     kwargs = content["kwargs"]
     try:
         build = factory or find_factory(content["factory"], kwargs)
-        model = _fill(_rebuild(build, content), kwargs, content["state"], trusted=factory is not None)
+        model = fill(rebuilt(build, content), kwargs, content["state"], trusted=factory is not None)
         masks = {name: _unpacked(mask, content["state"].get(name)) for name, mask in content.get("masks", {}).items()}
         _check_masks(masks, content["state"])
     except MicronetError as error:
@@ -177,13 +209,27 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path}: format version {content.get('version')}, this micronet reads up to {VERSION}: update micronet"
         )
     try:
-        _check_fields(content, path)
+        check_fields(content, path)
     except RecursionError as error:
         raise MicronetError(f"{path}: damaged: its arguments hold themselves; make it again") from error
+    if "minmax8" in content:
+        try:
+            _decode(content)
+        except MicronetError as error:
+            raise MicronetError(f"{path}: {error}") from error
     return content
 
 
-def _check_fields(content: dict[str, Any], path: Path) -> None:
+def check_fields(content: dict[str, Any], path: Path) -> None:
+    """Check that a file's fields are what a bundle's are; what they say may still be wrong.
+
+    Args:
+        content: the fields by name, with `state` and `masks`.
+        path: the file, for messages.
+
+    Raises:
+        MicronetError: they are not.
+    """
     kinds = {
         "factory": str,
         "kwargs": dict,
@@ -217,6 +263,16 @@ def _check_fields(content: dict[str, Any], path: Path) -> None:
         raise MicronetError(f"{path}: damaged: its fields are not what a bundle's are; make it again")
 
 
+def _decode(content: dict[str, Any]) -> None:
+    """Put the weights that a file holds at 8 bits into its state, masked ones as the zeros that they were."""
+    state = content["state"] | decode(content["minmax8"])
+    for name, bits in content.get("masks", {}).items():
+        mask = _unpacked(bits, state.get(name))
+        if mask.dtype is torch.bool and name in state and mask.shape == state[name].shape:
+            state[name][~mask] = 0
+    content["state"] = state
+
+
 def _is_whole(value: Any) -> bool:
     """Whether a file holds every element of a tensor: a hostile one can claim any shape for none, or for one."""
     dense = isinstance(value, Tensor) and value.layout == torch.strided
@@ -244,22 +300,17 @@ def _check_masks(masks: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> No
             raise MicronetError(f"{name} is not zero where its mask says so: it is not as sparse as it claims")
 
 
-def _rebuild(build: Callable[..., nn.Module], content: Mapping[str, Any]) -> Callable[..., nn.Module]:
-    """A factory of the network that the file describes: built, edited, as narrow as it says."""
+def structure_of(bundle: Bundle, factory: Callable[..., nn.Module] | None) -> dict[str, Any]:
+    """What makes the factory's network the bundle's: the edits, and the widths of the layers that are narrower.
 
-    def rebuilt(**kwargs: Any) -> nn.Module:
-        model = build(**kwargs)
-        for edit in content.get("edits", []):
-            replay(model, edit)
-        set_widths(model, content.get("widths", {}))
-        return model
+    Args:
+        bundle: the network.
+        factory: the function that `bundle.factory` names, where that is not on the allow-list.
 
-    return rebuilt
-
-
-def _structure(bundle: Bundle, factory: Callable[..., nn.Module] | None) -> dict[str, Any]:
-    """What makes the factory's network the bundle's: the edits, and the widths of the layers that are narrower."""
-    build = _rebuild(factory or find_factory(bundle.factory, bundle.kwargs), {"edits": bundle.edits})
+    Raises:
+        MicronetError: factory and edits don't give a network of these shapes, at any widths.
+    """
+    build = rebuilt(factory or find_factory(bundle.factory, bundle.kwargs), {"edits": bundle.edits})
     try:
         with torch.random.fork_rng(devices=[]):
             try:
@@ -267,57 +318,19 @@ def _structure(bundle: Bundle, factory: Callable[..., nn.Module] | None) -> dict
                     whole = build(**bundle.kwargs)
             except (RuntimeError, NotImplementedError):  # some, such as torchvision's RegNet, compute while built
                 whole = build(**bundle.kwargs)
+        quantised = quantised_entry(bundle.model, whole)
+        edits = [*bundle.edits, *([quantised] if quantised else [])]
+        if quantised:
+            replay(whole, quantised)
         table = narrower(bundle.model, widths(whole))
         set_widths(whole, table)
     except ValueError as error:
         raise MicronetError(f"the network can't be saved: {first_line(error)}") from error
-    _check_shapes({name: value.shape for name, value in whole.state_dict().items()}, bundle.model.state_dict())
-    return {"edits": bundle.edits, "widths": table}
+    check_shapes({name: value.shape for name, value in whole.state_dict().items()}, bundle.model.state_dict())
+    return {"edits": edits, "widths": table}
 
 
 def _outline(content: Any) -> str:
     if isinstance(content, dict):
         return "keys " + ", ".join(repr(str(key)[:40]) for key in list(content)[:4])
     return f"a {type(content).__name__}"
-
-
-def _fill(
-    build: Callable[..., nn.Module], kwargs: dict[str, Any], state: dict[str, Tensor], trusted: bool
-) -> nn.Module:
-    """Build a network and put the weights in; the caller's random numbers are not drawn from."""
-    try:
-        if not trusted:
-            _check_shapes(_shapes(build, kwargs), state)
-        with torch.random.fork_rng(devices=[]):
-            model = build(**kwargs)
-        _check_shapes({name: value.shape for name, value in model.state_dict().items()}, state)
-        model.load_state_dict(state)
-    except MicronetError:
-        raise
-    except Exception as error:  # a file's arguments can make a network's own code fail in any way
-        raise MicronetError(f"its network can't be built: {first_line(error)[:160]}") from error
-    return model
-
-
-def _shapes(build: Callable[..., nn.Module], kwargs: dict[str, Any]) -> dict[str, torch.Size] | None:
-    """Shapes of the weights, without memory for them: a hostile file's width of 10^9 must not be allocated."""
-    try:
-        with torch.device("meta"):
-            return {name: value.shape for name, value in build(**kwargs).state_dict().items()}
-    except (RuntimeError, NotImplementedError) as error:
-        # Some networks (torchvision's RegNet) compute with their weights: without arguments, their size is known.
-        if set(kwargs) <= {"num_classes", "model_name"} and kwargs.get("num_classes", 0) <= 100_000:
-            return None
-        raise MicronetError("its network can't be built to check its shapes, and has arguments of its own") from error
-
-
-def _check_shapes(wanted: Mapping[str, torch.Size] | None, state: Mapping[str, Tensor]) -> None:
-    if wanted is None:  # not known
-        return
-    missing, surplus = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
-    shaped = [name for name in wanted if name in state and wanted[name] != state[name].shape]
-    if missing or surplus or shaped:
-        raise MicronetError(
-            f"its weights don't fit its network ({len(missing)} missing, {len(surplus)} surplus, "
-            f"{len(shaped)} of another shape, such as {(missing + surplus + shaped)[0]})"
-        )

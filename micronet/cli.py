@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from micronet import __version__
+from micronet.cli_export import export
 from micronet.cli_options import (
     Command,
     DataFolder,
@@ -15,7 +16,6 @@ from micronet.cli_options import (
     Device,
     Factory,
     Group,
-    ModelFile,
     RecipeFile,
     Seed,
     Settings,
@@ -26,7 +26,10 @@ from micronet.cli_options import (
     split_of,
     use_data,
 )
+from micronet.cli_pack import pack, unpack
 from micronet.cli_plan import plan
+from micronet.cli_predict import predict
+from micronet.cli_quantize import quantize
 from micronet.cli_score import score
 from micronet.cli_sensitivity import sensitivity
 from micronet.errors import MicronetError
@@ -135,11 +138,16 @@ def fit(
 app.command(cls=Command)(plan)
 app.command(cls=Command)(score)
 app.command(cls=Command)(sensitivity)
+app.command(cls=Command)(export)
+app.command(cls=Command)(predict)
+app.command(cls=Command)(quantize)
+app.command(cls=Command)(pack)
+app.command(cls=Command)(unpack)
 
 
 @app.command(cls=Command)
 def evaluate(
-    model: ModelFile,
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model.pth or an ONNX file.", show_default=False)],
     data: Annotated[str, typer.Option(help="digits, cifar10, cifar100, or the path of an image folder.")],
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
     out: Annotated[
@@ -157,24 +165,24 @@ def evaluate(
         raise typer.BadParameter(f"--split must be train, valid or test, got {split!r}")
     use_data(data_dir)
     check_device(device)
-    from micronet.bundle import load
     from micronet.measure import measure
-    from micronet.model_source import of_bundle
+    from micronet.model_source import open_model
     from micronet.report import plot_confusion
 
-    bundle = load(model, factory=find_users_factory(factory))
-    measured = measure(of_bundle(bundle, str(model)), data, split, device, **split_of(bundle, model, data, split))
+    source = open_model(str(model), factory=find_users_factory(factory))
+    measured = measure(source, data, split, device, **split_of(source, model, data, split))
     images, result = measured.data, measured.result
+    how = "onnxruntime" if source.path is not None else "float32"
     console = make_console()
     console.print(
-        f"{model} on {images.name} {split}, {measured.device}, float32:\n"
+        f"{model} on {images.name} {split}, {measured.device}, {how}:\n"
         f"top-1  {result.top1_count:,} of {result.images:,} = {100 * result.top1:.2f} %\n"
         f"top-5  {result.top5_count:,} of {result.images:,} = {100 * result.top5:.2f} %\n"
         f"loss   {result.loss:.4f} (cross-entropy)",
         highlight=False,
     )
     target = out or model.with_name(f"{model.stem}-{images.name}-{split}.png")
-    plot_confusion(result, bundle.classes, target, f"{images.name} {split}: {100 * result.top1:.2f} % right")
+    plot_confusion(result, images.classes, target, f"{images.name} {split}: {100 * result.top1:.2f} % right")
     console.print(f"confusion matrix and worst classes: {target}")
 
 
@@ -189,7 +197,7 @@ def lr_find(
     device: Device = None,
     data_dir: DataFolder = None,
 ) -> None:
-    """Try growing learning rates on a recipe's first stage, draw the loss, and suggest one.
+    """Try growing learning rates on a recipe's first stage that has epochs, draw the loss, and suggest one.
 
     That is the rate at which the smoothed loss was least: the highest that a schedule which warms up should reach. It
     tells the power of ten; the plot shows how sharp it is.
@@ -199,7 +207,7 @@ def lr_find(
     given = parse_settings(settings)
     use_data(data_dir)
     check_device(device)
-    from micronet.learner import find_lr
+    from micronet.learner import find_lr, first_trained
     from micronet.recipe import load_recipe
     from micronet.report import plot_lr_find
 
@@ -208,8 +216,8 @@ def lr_find(
     plot_lr_find(rates, losses, suggested, out)
     console = make_console()
     console.print(
-        f"suggested learning rate: {suggested:.2g}, where the smoothed loss was least "
-        f"(the recipe has {plan.stages[0].lr:g}); plot: {out}"
+        f"suggested learning rate for {first_trained(plan).name}: {suggested:.2g}, where the smoothed loss was least "
+        f"(the recipe has {first_trained(plan).lr:g}); plot: {out}"
     )
 
 

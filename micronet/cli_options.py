@@ -9,11 +9,13 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from micronet.errors import MicronetError, first_line
+from micronet.provenance import data_call
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from micronet.bundle import Bundle
+    from micronet.model_source import ModelSource
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a Python file.", show_default=False)]
 ModelFile = Annotated[Path, typer.Argument(metavar="MODEL", help="A model.pth.", show_default=False)]
@@ -115,14 +117,20 @@ def find_users_factory(name: str | None) -> Any:
     return getattr(module, function)
 
 
-def split_of(bundle: "Bundle", model: Path, data: str, split: str) -> dict[str, Any]:
+def data_of(source: "Bundle | ModelSource") -> str | None:
+    """The data set that a network was trained on, as `--data` takes it; None where its file does not say."""
+    used = data_call(source.provenance)
+    name = str(used.get("call")).rpartition(":")[2]
+    if name == "image_folder":
+        return str(used.get("path"))
+    return name if name in ("digits", "cifar10", "cifar100") else None
+
+
+def split_of(source: "Bundle | ModelSource", model: Path, data: str, split: str) -> dict[str, Any]:
     """How the network's own recipe cut valid from train: cut otherwise, most of valid would be what it trained on."""
     if split == "test":
         return {}
-    used: Any = bundle.provenance
-    for part in ("resolved", "recipe", "data"):
-        used = used.get(part) if isinstance(used, dict) else None
-    used = used if isinstance(used, dict) else {"call": used}  # a source without arguments is its name alone
+    used = data_call(source.provenance)
     known = str(used.get("call")).rpartition(":")[2]
     if known != data and not (known == "image_folder" and Path(data).is_dir()):
         raise MicronetError(

@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, cat, from_numpy, nn, no_grad, zeros
+from torch import Tensor, cat, from_numpy, get_num_threads, nn, no_grad, zeros
 
-from micronet.errors import MicronetError, first_line
+from micronet.errors import MicronetError
 from micronet.evaluate import Evaluation, evaluate
+from micronet.onnx_session import cannot_run, open_session
 
 if TYPE_CHECKING:
     from micronet.data import Data
@@ -31,7 +32,7 @@ class Measured:
 
 
 class OnnxModule(nn.Module):
-    """An ONNX file as a module, computed by onnxruntime on the CPU.
+    """An ONNX file as a module, computed by onnxruntime on the CPU, with as many threads as torch uses.
 
     Args:
         path: The file; one input of images, logits as its first output.
@@ -42,10 +43,9 @@ class OnnxModule(nn.Module):
         self.path = path
         import onnxruntime
 
-        try:
-            self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's own errors share no class
-            raise MicronetError(f"{path}: onnxruntime can't run it: {first_line(error)[:200]}") from error
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = get_num_threads()
+        self.session = open_session(path, options)
         first = self.session.get_inputs()[0]
         self.input, self.batch = first.name, first.shape[0] if isinstance(first.shape[0], int) else None
 
@@ -55,7 +55,7 @@ class OnnxModule(nn.Module):
         try:
             return self.answer(parts)
         except Exception as error:  # onnxruntime's own errors share no class
-            raise MicronetError(f"{self.path}: onnxruntime can't run it: {first_line(error)[:200]}") from error
+            raise cannot_run(self.path, error) from error
 
     def answer(self, parts: Sequence[Tensor]) -> Tensor:
         """The logits of some batches, one after another."""

@@ -3,7 +3,7 @@
 import ast
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,8 @@ class ModelSource:
         classes: Class names in the order of the logits; empty where the file does not say.
         mean: What to subtract from each channel of an image scaled to [0, 1]; None where the file does not say.
         std: What to divide each channel by after that; None likewise.
+        provenance: Recipe, options, seed, versions, git state; empty where the file does not say.
+        float_bits: Width at which its numbers are stored that are no codes: 16 in a packed file of 16-bit floats.
     """
 
     name: str
@@ -43,6 +45,8 @@ class ModelSource:
     classes: tuple[str, ...] = ()
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    float_bits: int = 32
 
     def graph(self) -> "Graph":
         """Read the network as a graph.
@@ -71,9 +75,17 @@ class ModelSource:
             MicronetError: It cannot be read, or runs an operation without a rule.
         """
         try:
-            return build(self.graph(), allow_unknown=allow_unknown)
+            found = build(self.graph(), allow_unknown=allow_unknown)
         except UnknownOperation as error:
             raise MicronetError(f"{self.name}: {error}; --allow-unknown lists them as uncounted") from error
+        return found if self.float_bits == 32 else _at_width(found, self.float_bits)
+
+
+def _at_width(ledger: Ledger, bits: int) -> Ledger:
+    """A ledger whose numbers of 32 bits are stored at another width; what is computed with them is not narrower."""
+    arrays = (replace(array, bits=bits) if array.bits == 32 else array for array in ledger.arrays)
+    lines = (replace(line, weight_bits=bits) if line.weight_bits == 32 else line for line in ledger.lines)
+    return replace(ledger, arrays=tuple(arrays), lines=tuple(lines))
 
 
 def open_model(
@@ -88,8 +100,8 @@ def open_model(
     """Open whatever a model comes as.
 
     Args:
-        model: A module; the path of a `model.pth`, an ONNX file, a state dict or a pickle; `timm:NAME` or
-            `torchvision:NAME`.
+        model: A module; the path of a `model.pth`, a packed file, an ONNX file, a state dict or a pickle; `timm:NAME`
+            or `torchvision:NAME`.
         input_size: **Shape** of one image, `(C, H, W)`; None takes what the model says of itself.
         masks: For a module: the mask of each masked parameter.
         factory: Builds a bundle's network instead of the function that the file names.
@@ -113,12 +125,16 @@ def open_model(
         module, own = build_named(name)
         return ModelSource(name=name, input_size=size or own, module=module, masks={})
     if name.lower().endswith(".onnx"):
-        return ModelSource(name=name, input_size=size, path=Path(name))
+        return of_onnx(name, size)
     if arch is not None:
         module, own = build_named(arch, with_weights=True)
         return _state_dict(Path(name), module, size or own)
     from micronet.bundle import is_bundle, load
+    from micronet.unpack import is_packed, read
 
+    if is_packed(name):
+        packed = read(name, factory=factory)
+        return replace(of_bundle(packed.bundle, name, size), float_bits=packed.float_bits)
     if trust and not is_bundle(name):
         return _pickled(Path(name), size)
     return of_bundle(load(model, factory=factory), name, size)
@@ -134,6 +150,25 @@ def of_bundle(bundle: "Bundle", name: str, input_size: tuple[Any, ...] | None = 
         classes=bundle.classes,
         mean=bundle.mean,
         std=bundle.std,
+        provenance=bundle.provenance,
+    )
+
+
+def of_onnx(name: str, input_size: tuple[Any, ...] | None = None) -> ModelSource:
+    """An ONNX file as a source, with what it says of itself where it is one of ours."""
+    from micronet.onnx_meta import read_meta
+
+    meta = read_meta(name)
+    if meta is None:
+        return ModelSource(name=name, input_size=input_size, path=Path(name))
+    return ModelSource(
+        name=name,
+        input_size=input_size,
+        path=Path(name),
+        classes=meta.classes,
+        mean=meta.input_mean,
+        std=meta.input_std,
+        provenance=meta.provenance,
     )
 
 

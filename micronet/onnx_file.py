@@ -124,7 +124,15 @@ class OnnxFile:
         return place, int(start)
 
 
-def _load(path: Path) -> ModelProto:
+def load_proto(path: Path) -> ModelProto:
+    """Read a file as it is, without what it keeps in others.
+
+    Args:
+        path: the file.
+
+    Raises:
+        MicronetError: it is not ONNX, or holds no network.
+    """
     try:
         model = onnx.load(path, format="protobuf", load_external_data=False)
     except OSError as error:
@@ -145,7 +153,7 @@ def open_onnx(path: Path) -> OnnxFile:
     Raises:
         MicronetError: it is not ONNX, not whole, or keeps data where it must not.
     """
-    model = _load(path)
+    model = load_proto(path)
     file = OnnxFile(path, model)
     try:
         for tensor in model.graph.initializer:

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,32 +181,42 @@ def stages_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("stage")
     for column in ("valid top-1", "test top-1", "params", "storage", "MACs", "score", "file", "seconds"):
         table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        test = row.get("test")
-        top1 = _share(row["valid"]) + (" on the test images" if row["valid_is_test"] else "")
-        table.add_row(row["stage"], top1, _share(test) if test else "-", *_costs(row))
+    for name, part in (part for row in rows for part in _parts(row)):
+        test = part.get("test")
+        top1 = _share(part["valid"]) + (" on the test images" if part["valid_is_test"] else "")
+        table.add_row(name, top1, _share(test) if test else "-", *_costs(part))
     return table
 
 
-def stage_line(row: Mapping[str, Any]) -> str:
-    """What a stage left, in one line: a row of `stages_table` for while the run goes on."""
-    params, storage, macs, score, size, seconds = _costs(row)
-    test = f"test {_share(row['test'])}, " if "test" in row else ""
-    return (
-        f"stage {row['stage']}: valid {_share(row['valid'])}, {test}{params} params, storage {storage}, MACs {macs}, "
-        f"score {score}, file {size}, {seconds} s"
-    )
+def stage_lines(row: Mapping[str, Any]) -> Iterator[str]:
+    """What a stage left, a line for its network and one for its ONNX file: `stages_table` while the run goes on."""
+    for name, part in _parts(row):
+        params, storage, macs, score, size, seconds = _costs(part)
+        test = f"test {_share(part['test'])}, " if "test" in part else ""
+        known = f"{params} params, " if params != "-" else ""
+        time = f", {seconds} s" if seconds != "-" else ""
+        yield (
+            f"stage {name}: valid {_share(part['valid'])}, {test}{known}storage {storage}, MACs {macs}, score {score}, "
+            f"file {size}{time}"
+        )
+
+
+def _parts(row: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """A stage's network and, where it left one, its ONNX file, each with its numbers."""
+    yield row["stage"], row
+    if "onnx" in row:
+        yield f"{row['stage']}, {row['onnx']['file']}", row["onnx"]
 
 
 def _costs(row: Mapping[str, Any]) -> tuple[str, ...]:
     """Parameters, storage, MACs, score, size of the file and seconds of training."""
     return (
-        f"{row['params']:,}",
+        f"{row['params']:,}" if "params" in row else "-",
         f"{row['storage']:,.0f}",
         f"{row['macs'] / 1e6:,.1f} M",
         f"{row['score']:.5f}",
         f"{row['file_bytes'] / 1e6:.2f} MB",
-        f"{row['seconds']:.0f}",
+        f"{row['seconds']:.0f}" if "seconds" in row else "-",
     )
 
 

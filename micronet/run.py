@@ -9,22 +9,19 @@ from typing import Any
 import torch
 from fastai.callback.core import Callback
 from rich.console import Console
-from torch import nn
 
-from callbacks.protocol import all_masks, having
+from callbacks.protocol import OnnxFile, all_masks, having, onnx_of
 from micronet import bundle as bundles
 from micronet.bundle import Bundle
-from micronet.curves import plot_rounds, rounds_of
-from micronet.data import Data, ImageSet, plain_loader
+from micronet.data import Data
 from micronet.differences import differences
 from micronet.errors import MicronetError
-from micronet.evaluate import evaluate
 from micronet.folder import copy_file, is_empty, locked, read_rows, sweep
 from micronet.learner import FitResult, make_learner, pick_device, precision, run_fit, seed_all
 from micronet.machine import git_state, hardware, versions
 from micronet.recipe import Fit, Recipe, blaming, describe
-from micronet.report import flat, plot_curves, plot_rates, stage_line, write_csv, write_text
-from micronet.score import score
+from micronet.report import flat, stage_lines, write_csv, write_text
+from micronet.stage_files import check_reload, draw, keep_onnx, measured
 from micronet.start import begin, check_masks_fit, load_stage, own_factory, some_images
 
 SMOKE_IMAGES = 64
@@ -107,7 +104,8 @@ class _Run:
             for index in range(len(self.recipe.stages)):
                 previous = self._stage(index, data, previous, record)
             write_csv([flat(row) for row in read_rows(self.folder)], self.folder / "rows.csv")
-            copy_file(previous / "model.pth", self.folder / "model.pth")
+            for file in [previous / "model.pth", *previous.glob("*.onnx")]:
+                copy_file(file, self.folder / file.name)
             return self._load(previous)
 
     def _place(self, index: int) -> Path:
@@ -200,10 +198,12 @@ class _Run:
             )
         for cb in having(learn, "summary"):
             self.console.print(f"{cb.name}: {cb.summary}", highlight=False)
+        with self._blaming(f"stage {fit.name}"):
+            onnx = onnx_of(learn)
         masks = {name: mask.cpu() for name, mask in all_masks(learn).items()}
         model = learn.model.to("cpu", memory_format=torch.contiguous_format)
         model._compiled_call_impl = None  # what Module.compile made rounds otherwise than the network of a file
-        self._measure(index, replace(bundle, model=model, masks=masks, provenance=record), data, result)
+        self._measure(index, replace(bundle, model=model, masks=masks, provenance=record), data, result, onnx)
         return place
 
     def _blaming(self, part: str) -> AbstractContextManager[None]:
@@ -236,7 +236,7 @@ class _Run:
             highlight=False,
         )
 
-    def _measure(self, index: int, made: Bundle, data: Data, result: FitResult) -> None:
+    def _measure(self, index: int, made: Bundle, data: Data, result: FitResult, onnx: OnnxFile | None) -> None:
         """Write the stage's files; row.json comes last and marks the stage as done.
 
         The row inside the file cannot say how large the file is; row.json does.
@@ -244,60 +244,30 @@ class _Run:
         fit, place = self.recipe.stages[index], self._place(index)
         self._save(made, place)
         bundle = self._load(place)  # every number below is measured on what the file gives
-        self._check_reload(made, bundle, data, place)
+        check_reload(made, bundle, data, place / "model.pth")
+        test = index == len(self.recipe.stages) - 1
         row: dict[str, Any] = {
             "stage": fit.name,
             "epochs": len(result.rows),
             "best_epoch": None if result.best_epoch is None else result.best_epoch + 1,
             "seconds": sum(epoch["seconds"] for epoch in result.rows),
-            "valid": self._evaluate(bundle.model, data.valid, data),
-            "valid_is_test": data.valid_is_test,
+            **measured(bundle, data, self.device, test=test),
         }
-        if index == len(self.recipe.stages) - 1 and data.test is not None:
-            row["test"] = self._evaluate(bundle.model, data.test, data)
-        cost = score(bundle.model, input_size=bundle.input_size, masks=bundle.masks)
-        row |= {"params": cost.ledger.params, "rules": cost.rules.name}  # params as trained; storage as deployed
-        row |= {name: getattr(cost, name) for name in ("storage", "mults", "adds", "macs", "ops", "score")}
+        if onnx is not None:
+            row["onnx"] = keep_onnx(onnx, bundle, data, place, test=test)
         # The rows of this run's stages before are read with what their files could not say of themselves.
         bundle.history = [*made.history[: len(made.history) - index], *read_rows(self.folder)[:index], row]
         self._save(bundle, place)
-        if result.rows:
-            write_csv(result.rows, place / "history.csv")
-            plot_curves(result.rows, place / "curves.png", f"{self.folder.name}: {fit.name}", _training(fit, data))
-            plot_rates(result.lrs, place / "lr.png", f"{self.folder.name}: {fit.name}")
-            if len({epoch.get("params") for epoch in result.rows}) > 1:
-                rounds = rounds_of(result.rows, row["valid"]["images"])
-                plot_rounds({fit.name: rounds}, place / "rounds.png", f"{self.folder.name}: {fit.name}")
+        draw(fit, result, data, row["valid"]["images"], place, f"{self.folder.name}: {fit.name}")
         row["file_bytes"] = (place / "model.pth").stat().st_size
         write_text(json.dumps(row, indent=1) + "\n", place / "row.json")
         (place / "checkpoint.pth").unlink(missing_ok=True)
-        self.console.print(stage_line(row), highlight=False)
-
-    def _check_reload(self, made: Bundle, loaded: Bundle, data: Data, place: Path) -> None:
-        """Refuse a file that does not hold the network that was trained."""
-        images = some_images(data, 32)
-        with torch.no_grad():
-            same = torch.equal(made.model.eval()(images), loaded.model(images))
-        if not same:
-            (place / "model.pth").unlink()
-            raise MicronetError(
-                f"{place / 'model.pth'}: read again, the network answers otherwise than the one that was trained: its "
-                "forward depends on something that no file holds (a hook, an attribute); the file was removed"
-            )
-
-    def _evaluate(self, model: nn.Module, images: ImageSet, data: Data) -> dict[str, Any]:
-        return evaluate(model, plain_loader(images, data, device=self.device), self.device).row()
+        for line in stage_lines(row):
+            self.console.print(line, highlight=False)
 
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def _training(fit: Fit, data: Data) -> str:
-    """What a fit's training loss is of, in a few words."""
-    changes = [("augmented", data.augment), ("smoothed", fit.label_smoothing)]
-    changed = " and ".join(word for word, given in changes if given)
-    return f"training, as {changed}" if changed else "training"
 
 
 def _tensorboard(place: Path) -> tuple[Callback, ...]:

@@ -323,7 +323,7 @@ def test_what_is_printed_of_a_fit(keep, tmp_path):
     + [(0.0, None, "training")],
 )
 def test_the_curves_say_what_the_training_loss_is_of(smoothing, augment, says, tmp_path, monkeypatch):
-    module = importlib.import_module("micronet.run")
+    module = importlib.import_module("micronet.stage_files")
     drawn = []
     monkeypatch.setattr(module, "plot_curves", lambda *arguments: drawn.append(arguments[-1]))
     console = Console(record=True, file=io.StringIO(), width=200)

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from micronet.data.decode import Entry
 from micronet.data.splits import TEST_SHARE, stratified_cut
 from micronet.data.store import progress
+from micronet.decode import Entry
 from micronet.errors import MicronetError
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")

@@ -181,7 +181,9 @@ def loaders(data: Data, *, device: Any = "cpu", seed: int = 0) -> DataLoaders:
         drop_last=len(data.train) > data.batch_size,
         seed=seed,
     )
-    return DataLoaders(train, plain_loader(data.valid, data, device=device), device=device)
+    dls = DataLoaders(train, plain_loader(data.valid, data, device=device), device=device)
+    dls.valid_is_test = data.valid_is_test  # so that a callback can tell
+    return dls
 
 
 def plain_loader(images: ImageSet, data: Data, *, device: Any = "cpu") -> BatchLoader:

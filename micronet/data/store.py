@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from micronet.data.decode import Entry, decode
+from micronet.decode import Entry, decode
 from micronet.errors import MicronetError
 
 FORMAT = 1  # of a cache folder; another number makes every cache be built anew

@@ -1,4 +1,4 @@
-"""One image file made RGB pixels, whether it is grey, palette, 16-bit or transparent."""
+"""One image file made RGB pixels, whether it is grey, palette, 16-bit or transparent; needs no torch."""
 
 from dataclasses import dataclass
 from io import BytesIO

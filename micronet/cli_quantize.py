@@ -1,0 +1,200 @@
+"""`micronet quantize`: parse, call, print."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from micronet.cli_options import DataPlace, Factory, data_of, find_users_factory, make_console, split_of, use_data
+from micronet.errors import MicronetError
+
+if TYPE_CHECKING:
+    from micronet.bundle import Bundle
+    from micronet.data import Data
+    from micronet.quantised_file import Quantised, Ranking
+
+_KINDS = {"int8": ".onnx", "float16": ".onnx", "minmax8": ".pth"}
+_SHOWN = 5
+
+
+def quantize(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model.pth.", show_default=False)],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Images to calibrate and measure on: digits, cifar10, cifar100, or an image folder. "
+            "[default: those that MODEL was trained on]",
+        ),
+    ] = None,
+    to: Annotated[str, typer.Option(help="int8, float16 (both ONNX) or minmax8 (a model.pth).")] = "int8",
+    images: Annotated[
+        int | None, typer.Option(min=1, help="int8: how many images to calibrate on. [default: 512]")
+    ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(metavar="SPLIT", help="int8: from train (without augmentation) or valid. [default: train]"),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="int8: ranges by minmax, entropy or percentile. [default: minmax]")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=10**8, help="int8: which images are drawn. [default: 0]")
+    ] = None,
+    rank: Annotated[
+        bool, typer.Option("--rank", help="int8: which layers bring the noise; what leaving the worst in float does.")
+    ] = False,
+    keep_float: Annotated[
+        str | None,
+        typer.Option(metavar="NUMBER|NAMES", help="int8: leave the worst so many layers in float, or these (a,b)."),
+    ] = None,
+    compute: Annotated[
+        str | None, typer.Option(metavar="float16", help="float16: compute in it, too, where a runtime can.")
+    ] = None,
+    floor: Annotated[
+        float, typer.Option(min=0, metavar="POINTS", help="Most points of top-1 that may be lost on validation images.")
+    ] = 1.0,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="The file; replaced. [default: MODEL-int8.onnx, ...]"),
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="What was measured, with the images that differ.")
+    ] = None,
+    factory: Factory = None,
+    data_dir: DataPlace = None,
+) -> None:
+    """Write a network in 8 or 16 bits, and keep the file only where it answers about as well as MODEL does.
+
+    int8 is what onnxruntime computes with integers: weights and what flows between layers, calibrated on training
+    images as they are. The float ONNX graph and the file answer all validation images; the test images are not looked
+    at. More than a point of top-1 lost, five times what 8 bits usually cost, keeps no file (--floor).
+
+    Example: `micronet quantize runs/resnet20_cifar10/model.pth --rank -o resnet20-int8.onnx`
+    """
+    if to not in _KINDS:
+        raise typer.BadParameter(f"--to must be one of {', '.join(_KINDS)}, got {to!r}")
+    given = {"images": images, "calibrate": calibrate, "method": method, "seed": seed, "keep_float": keep_float}
+    given = {name: value for name, value in (given | ({"rank": True} if rank else {})).items() if value is not None}
+    _check(to, given, compute)
+    target = out or model.with_name(f"{model.stem}-{to}{_KINDS[to]}")
+    if target.suffix != _KINDS[to]:
+        raise typer.BadParameter(f"-o {target}: the name of such a file ends in {_KINDS[to]}")
+    if target.resolve() == model.resolve():
+        raise typer.BadParameter(f"-o {target}: would replace MODEL; name another file")
+    for file in (target, *([json] if json else [])):
+        if not file.parent.is_dir():
+            raise MicronetError(f"{file.parent}: no such folder to write {file.name} to; make it first")
+    if model.suffix.lower() == ".onnx":
+        raise MicronetError(f"{model}: is an ONNX file, quantised or not; give the model.pth that it came from")
+    use_data(data_dir)
+    from micronet.bundle import load
+
+    build = find_users_factory(factory)
+    bundle = load(model, factory=build)
+    chosen, told = _images(bundle, model, data)
+    found = _made(bundle, model, chosen, target, to, given, compute, floor, build)
+    if json is not None:
+        from json import dumps
+
+        from micronet.report import write_text
+
+        write_text(dumps(found.to_json(), indent=1) + "\n", json)
+    console = make_console()
+    for line in [*_lines(found), *told]:
+        console.print(line, highlight=False, markup=False)
+
+
+def _check(to: str, given: dict[str, Any], compute: str | None) -> None:
+    """Refuse options that would do nothing, and words that mean nothing."""
+    if to != "int8" and given:
+        raise typer.BadParameter(f"--{next(iter(given)).replace('_', '-')} is for --to int8")
+    if compute is not None and (to != "float16" or compute != "float16"):
+        raise typer.BadParameter("--compute float16 is all that it takes, and is for --to float16")
+    if given.get("calibrate", "train") not in ("train", "valid"):
+        raise typer.BadParameter(f"--calibrate must be train or valid, got {given['calibrate']!r}")
+    if given.get("method", "minmax") not in ("minmax", "entropy", "percentile"):
+        raise typer.BadParameter(f"--method must be minmax, entropy or percentile, got {given['method']!r}")
+    if "keep_float" in given:
+        text = given["keep_float"]
+        given["keep_float"] = int(text) if text.isdecimal() else tuple(part.strip() for part in text.split(","))
+
+
+def _images(bundle: "Bundle", model: Path, data: str | None) -> "tuple[Data, list[str]]":
+    """The images, split as in the network's own training where that is known; what a user should know of them."""
+    from micronet.measure import images_for
+    from micronet.model_source import of_bundle
+
+    source = of_bundle(bundle, str(model))
+    name = data or data_of(source)
+    if name is None:
+        raise MicronetError(
+            f"{model}: its file does not say which images it was trained on, and it is to be calibrated and measured: "
+            "name them with --data (digits, cifar10, cifar100, or an image folder)"
+        )
+    try:
+        how, told = split_of(source, model, name, "valid"), []
+    except MicronetError:
+        how, told = {}, [f"its file does not say how {name} was split: it may have been trained on these images"]
+    return images_for(source, name, **how), told
+
+
+def _made(
+    bundle: "Bundle",
+    model: Path,
+    data: "Data",
+    target: Path,
+    to: str,
+    given: dict[str, Any],
+    compute: str | None,
+    floor: float,
+    build: Any,
+) -> "Quantised":
+    from micronet.model_source import of_bundle
+    from micronet.quantize import Int8, to_float16, to_int8, to_minmax8
+
+    if bundle.bits:
+        raise MicronetError(
+            f"{model}: was trained with quantised weights ({len(bundle.bits)} layers): `micronet export` writes them"
+        )
+    source = of_bundle(bundle, str(model))
+    if to == "minmax8":
+        return to_minmax8(bundle, target, data, factory=build, name=str(model), floor=floor)
+    if to == "float16":
+        return to_float16(source, target, data, compute=compute is not None, floor=floor)
+    return to_int8(source, target, data, Int8(**given), floor=floor)
+
+
+def _lines(found: "Quantised") -> list[str]:
+    parity = found.parity
+    lost = 100 * (parity.before - parity.after) / parity.images
+    lines = [
+        f"{found.path}: {found.bytes:,} bytes",
+        f"the network itself: {found.graph_bytes:,} bytes, {found.float_bytes:,} in float32: "
+        f"{found.ratio:.2f} times smaller",
+        f"{found.images}: right on {parity.after:,}, in float32 on {parity.before:,} ({lost:+.2f} points lost); "
+        f"{parity.agreeing:,} keep their class; relative error of the logits at most {parity.relative_error:.2g}",
+    ]
+    if found.to == "int8":
+        how = found.how
+        lines.append(
+            f"calibrated on {how['images']:,} images of {how['calibrate']} (seed {how['seed']}, {how['method']}); the "
+            "test images were not looked at"
+        )
+    if found.worst:
+        lines.append(f"the tensor that lost most: {found.worst[0]}, {100 * found.worst[1]:.2f} % of its norm")
+    return [*lines, *(_ranked(found.ranking) if found.ranking else ()), *found.notes]
+
+
+def _ranked(ranking: "Ranking") -> list[str]:
+    shown = ", ".join(f"{layer.name} {layer.snr:.1f} dB" for layer in ranking.noise[:_SHOWN])
+    lines = [
+        f"noise of each layer alone at the logits, {ranking.images} validation images, {ranking.seconds:.0f} s; the "
+        f"worst of {len(ranking.noise)}: {shown}"
+    ]
+    for name, test in ranking.confirmed.items():
+        lines.append(
+            f"with {name} in float: right on {test.after:,} of {test.images:,} images, {test.won} won and {test.lost} "
+            f"lost against all in int8 (p = {test.p:.2g}, exact McNemar)"
+        )
+    return lines

@@ -1,0 +1,63 @@
+"""Real images that a file is compared on with the network that it was made from."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from micronet.data import Data
+from micronet.data.splits import spread
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RealImages:
+    """Images that a file is compared on with its source.
+
+    Args:
+        pixels: **shape** `(N, C, H, W)`, uint8.
+        labels: int64 `(N,)`.
+        mean: what to subtract from each channel of an image scaled to [0, 1].
+        std: what to divide each channel by after that.
+        told: what they are, in words.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    told: str
+
+    def scaled(self) -> Tensor:
+        """The images as float32 in [0, 1]."""
+        return self.pixels.contiguous().float() / 255
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Scaled images as the network takes them."""
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        return (images - mean) / std
+
+
+def real_images(data: Data, number: int) -> RealImages:
+    """Images of the validation split, then of the training split, of all classes; the test images are not looked at.
+
+    Args:
+        data: the image sets, normalised as the network is to see them.
+        number: how many, at least 1; fewer where there are no more.
+    """
+    # A recipe can have taken the test images for validation.
+    parts = {"training": data.train} if data.valid_is_test else {"validation": data.valid, "training": data.train}
+    pixels, labels, told = [], [], []
+    for name, part in parts.items():
+        share = min(number - sum(map(len, labels)), len(part))
+        if share:
+            chosen = part.subset(spread(part.labels, share))
+            pixels.append(chosen.images)
+            labels.append(chosen.labels)
+            told.append(f"{share:,} {name} images")
+    return RealImages(
+        pixels=torch.cat(pixels),
+        labels=torch.cat(labels),
+        mean=data.mean,
+        std=data.std,
+        told=f"{' and '.join(told)} of {data.name}",
+    )

@@ -1,0 +1,264 @@
+"""A network in fewer bits, as a file that is kept only where it answers about as well as before.
+
+`to_int8` and `to_float16` write ONNX files, through the gate of `deploy.keep`, beside the float graph that they were
+made from; `to_minmax8` writes a `model.pth`. Each is measured on the whole validation split, on the file itself.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from callbacks.calibrate_onnx import calibrated, passes
+from callbacks.half import HalfError, computed_half, computes_half, stored_half
+from callbacks.layer_noise import confirm, images_to_rank, rank_layers
+from callbacks.onnx_export import export_onnx
+from callbacks.onnx_run import open_session
+from callbacks.quantize import chosen_images
+from callbacks.quantize_onnx import Calibration, quantize
+from callbacks.saving import whole_or_absent
+from micronet.bundle import Bundle, load, save
+from micronet.data import Data
+from micronet.data.store import progress
+from micronet.deploy import check_zeros, keep, provenance
+from micronet.errors import MicronetError, first_line
+from micronet.gate_images import RealImages
+from micronet.onnx_meta import Meta
+from micronet.parity import Answers, compare
+from micronet.quantised_file import Quantised, Ranking
+
+if TYPE_CHECKING:
+    from micronet.model_source import ModelSource
+
+CONFIRMED = 3  # layers, and on how many images at most
+CONFIRM_IMAGES = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8:
+    """How an int8 file is made.
+
+    Args:
+        images: how many images to calibrate on.
+        calibrate: where they are drawn from: `train` or `valid`.
+        seed: of the draw.
+        method: how ranges are found: `minmax`, `entropy` or `percentile`.
+        keep_float: names of layers that stay in float, or a number: of those that bring the most noise.
+        rank: whether the layers are ranked where that is not needed.
+    """
+
+    images: int = 512
+    calibrate: str = "train"
+    seed: int = 0
+    method: str = "minmax"
+    keep_float: int | Sequence[str] = ()
+    rank: bool = False
+
+
+def to_int8(source: "ModelSource", path: Path, data: Data, how: Int8, *, floor: float) -> Quantised:
+    """Write a network as an int8 ONNX file.
+
+    Args:
+        source: the network with its weights, in eval mode, on the CPU.
+        path: the file; its name ends in `.onnx`.
+        data: its image sets, normalised as it is to see them; the test images are not looked at.
+        how: calibration, and layers that stay in float.
+        floor: most percentage points of top-1 that it may lose on the validation images.
+
+    Raises:
+        MicronetError: it can't be exported or quantised, or loses more: no file is kept.
+    """
+    proto = _export(source, data)
+    part = getattr(data, how.calibrate)
+    places = chosen_images(len(part), how.images, how.seed)
+    images = _normalised(part.images[places], data)
+    try:
+        with progress(f"calibrating on {len(places):,} images", len(places) * passes(how.method)) as watch:
+            calibration = calibrated(proto, images, how.method, watch)
+        ranking = _rank(calibration, data) if how.rank or (isinstance(how.keep_float, int) and how.keep_float) else None
+        kept = how.keep_float
+        if isinstance(kept, int):
+            kept = [layer.name for layer in ranking.noise[:kept]] if ranking else []
+        made = quantize(calibration, kept)
+    except ValueError as error:
+        raise MicronetError(f"{source.name}: {first_line(error)}") from error
+    check_zeros(calibration.proto, source.masks or {}, source.name)
+    told = {name: value for name, value in vars(how).items() if name not in ("rank", "keep_float")}
+    told |= {"images": len(places), "keep_float": list(kept)}
+    found = _keep(source, made, proto, path, data, "int8", told, floor)
+    notes = (*_sparse_notes(source), *([f"in float: {', '.join(kept)}"] if kept else []))
+    return replace(found, ranking=ranking, notes=notes)
+
+
+def to_float16(source: "ModelSource", path: Path, data: Data, *, compute: bool, floor: float) -> Quantised:
+    """Write a network as an ONNX file whose weights are stored in 16 bits.
+
+    Args:
+        source: the network with its weights, in eval mode, on the CPU.
+        path: the file; its name ends in `.onnx`.
+        data: its image sets, normalised as it is to see them.
+        compute: whether the file says to compute in float16, too.
+        floor: most percentage points of top-1 that it may lose on the validation images.
+
+    Raises:
+        MicronetError: it can't be exported, a weight is beyond float16, or it loses more: no file is kept.
+    """
+    proto = _export(source, data)
+    try:
+        made = computed_half(proto) if compute else stored_half(proto)
+    except HalfError as error:
+        raise MicronetError(f"{source.name}: {error}") from error
+    notes = ("computed in float32: a runtime makes float32 of the weights when it loads the file",)
+    if compute:
+        here = computes_half(made)
+        notes = (
+            "onnxruntime computes it in float16 here"
+            if here
+            else "onnxruntime has no float16 kernels for this CPU: here it computes in float32, no faster than without "
+            "--compute",
+        )
+    found = _keep(source, made, proto, path, data, "float16", {"compute": "float16" if compute else "float32"}, floor)
+    return replace(found, notes=notes)
+
+
+def to_minmax8(bundle: Bundle, path: Path, data: Data, *, factory: Any = None, name: str, floor: float) -> Quantised:
+    """Write a bundle whose weights are stored in 8 bits, as `minmax8` has it.
+
+    Args:
+        bundle: the network, in eval mode, on the CPU.
+        path: the file.
+        data: its image sets, normalised as it is to see them.
+        factory: the function that `bundle.factory` names, where that is not on the allow-list.
+        name: of the network, for messages.
+        floor: most percentage points of top-1 that it may lose on the validation images.
+
+    Raises:
+        MicronetError: a weight is no finite number, or it loses more: no file is kept.
+    """
+    images = validation(data)
+    with whole_or_absent(path) as beside:
+        save(bundle, beside, dtype=torch.uint8, factory=factory)
+        coded = load(beside, factory=factory)
+        parity = compare(bundle.model.eval(), coded.model, images.normalise(images.scaled()), images.labels)
+        lost = 100 * (parity.before - parity.after) / parity.images
+        if lost > floor:
+            raise MicronetError(
+                f"{name}: at 8 bits right on {parity.after:,} of {images.told}, before on {parity.before:,}: it loses "
+                f"{lost:.2f} points, at most {floor:g} are allowed (--floor); no file was kept"
+            )
+        size = beside.stat().st_size
+    before = bundle.model.state_dict()
+    floats = {key: value for key, value in before.items() if value.is_floating_point()}
+    numbers = sum(value.numel() for value in floats.values())
+    others = sum(value.numel() * value.element_size() for key, value in before.items() if key not in floats)
+    return Quantised(
+        path=path,
+        to="minmax8",
+        bytes=size,
+        graph_bytes=numbers + 8 * len(floats) + others,
+        float_bytes=4 * numbers + others,
+        images=images.told,
+        parity=parity,
+        how={"params": sum(p.numel() for p in bundle.model.parameters()), "numbers": numbers},
+        worst=_worst(floats, coded.model.state_dict()),
+        notes=("storage alone: read again it is a float32 network, no smaller in memory and no faster",),
+    )
+
+
+def validation(data: Data) -> RealImages:
+    """All validation images.
+
+    Args:
+        data: the image sets.
+
+    Raises:
+        MicronetError: they are the test images.
+    """
+    if data.valid_is_test:
+        raise MicronetError(
+            f"{data.name}: its validation images are the test images, which choose nothing; cut validation images from "
+            "the training images in the recipe"
+        )
+    told = f"{len(data.valid):,} validation images of {data.name}"
+    return RealImages(pixels=data.valid.images, labels=data.valid.labels, mean=data.mean, std=data.std, told=told)
+
+
+def _export(source: "ModelSource", data: Data) -> Any:
+    try:
+        return export_onnx(source.module, data.input_size)
+    except ValueError as error:  # ExportError and TraceError
+        raise MicronetError(f"{source.name}: {first_line(error)}") from error
+
+
+def _normalised(pixels: Tensor, data: Data) -> np.ndarray:
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (data.mean, data.std))
+    return ((pixels.contiguous().float() / 255 - mean) / std).numpy()
+
+
+def _rank(calibration: Calibration, data: Data) -> Ranking:
+    images, began = validation(data), time.monotonic()
+    places = chosen_images(len(images.labels), CONFIRM_IMAGES, 0)
+    pixels, labels = _normalised(images.pixels[places], data), images.labels[places].numpy()
+    number = min(len(pixels), images_to_rank(len(calibration.layers)))
+    with progress("ranking the layers", len(calibration.layers)) as watch:
+        noise = rank_layers(calibration, pixels[:number], watch)
+    worst = [layer.name for layer in noise[:CONFIRMED]]
+    with progress("leaving the worst in float", 1 + len(worst)) as watch:
+        found = confirm(calibration, worst if len(noise) > 1 else (), pixels, labels, watch)
+    return Ranking(noise=tuple(noise), images=number, confirmed=found, seconds=time.monotonic() - began)
+
+
+def _keep(
+    source: "ModelSource", made: Any, proto: Any, path: Path, data: Data, to: str, how: dict[str, Any], floor: float
+) -> Quantised:
+    """Pass a graph through the gate, beside the float one."""
+    images, size = validation(data), made.ByteSize()
+    meta = Meta(
+        classes=source.classes or data.classes,
+        input_size=data.input_size,
+        mean=images.mean,
+        std=images.std,
+        normalised=False,
+        provenance=provenance(source) | {to: how},
+    )
+    kept = keep(made, path, source=_answers(proto), images=images, meta=meta, floor=0, tolerance=None, most_lost=floor)
+    return Quantised(
+        path=path,
+        to=to,
+        bytes=kept.bytes,
+        graph_bytes=size,
+        float_bytes=proto.ByteSize(),
+        images=images.told,
+        parity=kept.parity,
+        how=how,
+    )
+
+
+def _answers(proto: Any) -> Answers:
+    run = open_session(proto)
+    return lambda images: torch.from_numpy(run(images.numpy())[0])
+
+
+def _worst(before: dict[str, Tensor], after: dict[str, Tensor]) -> tuple[str, float]:
+    """The tensor that lost most, and |error| / |tensor|."""
+    lost = {}
+    for name, value in before.items():
+        error = (after[name].double() - value.double()).norm()
+        lost[name] = float(error / value.double().norm()) if error else 0.0
+    name = max(lost, key=lost.__getitem__)
+    return name, lost[name]
+
+
+def _sparse_notes(source: "ModelSource") -> tuple[str, ...]:
+    zeros = sum(int((~mask).sum()) for mask in (source.masks or {}).values())
+    if not zeros:
+        return ()
+    return (
+        f"{zeros:,} zeros of its masks are codes of 0, a byte each: int8 makes a sparse network no smaller than "
+        "a dense one, and no faster",
+    )

@@ -1,0 +1,228 @@
+"""`micronet quantize`: what it keeps, what it prints, what it refuses."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import micronet.quantize as module
+from callbacks.onnx_export import export_onnx
+from callbacks.sparsify import Sparsify
+from micronet import Fit, Recipe, RunOptions, load, run
+from micronet.bundle import save
+from micronet.data import digits, plain_loader
+from micronet.evaluate import evaluate
+from micronet.measure import OnnxModule
+from micronet.models import separable_net
+from micronet.onnx_meta import read_meta
+from micronet.score import score
+
+NETWORK = partial(separable_net, width_multiplier=0.25)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A small network trained for some seconds, then half of it zeros."""
+    folder = tmp_path_factory.mktemp("run")
+    sparse = Fit("sparse", epochs=1, lr=0.01, cbs=(partial(Sparsify, 0.5),))
+    stages = (Fit("train", epochs=3, lr=0.1), sparse)
+    run(Recipe(partial(digits, batch_size=16), NETWORK, stages), folder, RunOptions(limit=320))
+    return folder / "2-sparse" / "model.pth"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def exported_once():
+    """Torch's exporter takes seconds, and most tests here write the same network."""
+    made = {}
+
+    def once(network, size):
+        key = sum(float(p.detach().double().sum()) for p in network.parameters())
+        if key not in made:
+            made[key] = export_onnx(network, size).SerializeToString()
+        return onnx.load_from_string(made[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "export_onnx", once)
+        yield
+
+
+@pytest.fixture(scope="module")
+def small(trained, tmp_path_factory):
+    """The int8 file of it, with what was printed as a dict."""
+    from micronet.cli_options import split_of
+    from micronet.measure import images_for
+    from micronet.model_source import open_model
+    from micronet.quantize import Int8, to_int8
+
+    path = tmp_path_factory.mktemp("int8") / "small.onnx"
+    source = open_model(str(trained))
+    data = images_for(source, "digits", **split_of(source, trained, "digits", "valid"))
+    return to_int8(source, path, data, Int8(images=100, seed=3), floor=100)
+
+
+def test_the_counts_are_those_of_the_file_on_the_validation_split(small, trained):
+    data = digits()
+    found = evaluate(OnnxModule(small.path), plain_loader(data.valid, data))
+    before = evaluate(load(trained).model, plain_loader(data.valid, data))
+    assert (small.parity.after, small.parity.images) == (found.top1_count, len(data.valid))
+    assert small.parity.before == before.top1_count
+    assert small.parity.agreeing == small.parity.images - len(small.parity.disagreeing)
+    assert small.bytes == small.path.stat().st_size
+    stripped = onnx.load(small.path)
+    del stripped.metadata_props[:]
+    assert small.graph_bytes == stripped.ByteSize()
+
+
+def test_the_file_says_what_an_exported_one_says_and_how_it_was_made(small):
+    meta = read_meta(small.path)
+    assert meta.classes == digits().classes
+    assert meta.gate["right"] == small.parity.after
+    assert meta.score["params"] > 0
+    assert meta.provenance["int8"] == {
+        "images": 100,
+        "calibrate": "train",
+        "seed": 3,
+        "method": "minmax",
+        "keep_float": [],
+    }
+    assert {line.weight_bits for line in score(small.path).lines if line.weights} == {8}
+
+
+def test_masked_zeros_are_codes_of_zero_and_it_is_said(small, trained):
+    zeros = sum(int((~mask).sum()) for mask in load(trained).masks.values())
+    codes = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(small.path).graph.initializer]
+    assert sum(int((part == 0).sum()) for part in codes if part.dtype == np.int8) >= zeros > 1000
+    assert any(f"{zeros:,} zeros of its masks are codes of 0, a byte each" in note for note in small.notes)
+
+
+def test_the_command_prints_and_writes_what_was_measured(call, trained, tmp_path):
+    out, told = tmp_path / "m.onnx", tmp_path / "m.json"
+    arguments = ("--rank", "--keep-float", "1", "--floor", "100", "-o", out, "--json", told)
+    status, printed, err = call("quantize", trained, *arguments)
+    assert (status, err) == (0, "")
+    found = json.loads(told.read_text())
+    printed = " ".join(printed.split())
+    assert f"{out}: {out.stat().st_size:,} bytes" in printed
+    assert f"right on {found['parity']['after']:,}, in float32 on {found['parity']['before']:,}" in printed
+    assert f"calibrated on {min(512, len(digits().train)):,} images of train (seed 0, minmax)" in printed
+    assert len(found["parity"]["disagreeing"]) == found["parity"]["images"] - found["parity"]["agreeing"]
+    noise = found["ranking"]["noise"]
+    assert [layer["snr_db"] for layer in noise] == sorted(layer["snr_db"] for layer in noise)
+    assert found["how"]["keep_float"] == [noise[0]["layer"]]
+    assert f"in float: {noise[0]['layer']}" in printed
+    assert list(found["ranking"]["confirmed"]) == [layer["layer"] for layer in noise[:3]]
+    assert "exact McNemar" in printed
+
+
+def test_a_loss_beyond_the_floor_keeps_no_file(call, trained, tmp_path, monkeypatch):
+    def spoilt(calibration, kept):
+        for name in calibration.ranges:
+            calibration.ranges[name] = (0.0, 1e-3)
+        return real(calibration, kept)
+
+    real = module.quantize
+    monkeypatch.setattr(module, "quantize", spoilt)
+    (tmp_path / "old.onnx").write_text("the old file")
+    status, _, err = call("quantize", trained, "-o", tmp_path / "old.onnx")
+    assert status == 1
+    assert "points, at most 1 are allowed (--floor); no file was kept" in err
+    assert err.count("\n") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["old.onnx"]
+    assert (tmp_path / "old.onnx").read_text() == "the old file"
+
+
+@pytest.mark.parametrize("compute", [False, True])
+def test_16_bits(call, trained, tmp_path, compute):
+    out = tmp_path / "m.onnx"
+    more = ("--compute", "float16") if compute else ()
+    status, printed, err = call("quantize", trained, "--to", "float16", *more, "-o", out)
+    assert (status, err) == (0, "")
+    data = digits()
+    found = evaluate(OnnxModule(out), plain_loader(data.valid, data))
+    assert f"right on {found.top1_count:,}" in printed
+    assert read_meta(out).provenance["float16"] == {"compute": "float16" if compute else "float32"}
+    assert ("float16 kernels for this CPU" in printed or "in float16 here" in printed) == compute
+
+
+def test_8_bit_storage(call, trained, tmp_path):
+    out = tmp_path / "m.pth"
+    status, printed, err = call("quantize", trained, "--to", "minmax8", "-o", out, "--json", tmp_path / "m.json")
+    assert (status, err) == (0, "")
+    told, data = json.loads((tmp_path / "m.json").read_text()), digits()
+    coded = load(out)
+    assert told["parity"]["after"] == evaluate(coded.model, plain_loader(data.valid, data)).top1_count
+    name, lost = told["worst"]
+    before, after = (bundle.model.state_dict()[name].double() for bundle in (load(trained), coded))
+    assert lost == pytest.approx(float((after - before).norm() / before.norm()))
+    assert f"the tensor that lost most: {name}" in printed
+    assert coded.masks.keys() == load(trained).masks.keys()
+    assert out.stat().st_size < trained.stat().st_size / 2
+
+
+def test_8_bit_storage_that_loses_too_much_keeps_no_file(call, trained, tmp_path):
+    bundle = load(trained)
+    name = next(name for name, p in bundle.model.named_parameters() if p.dim() == 4)
+    with torch.no_grad():  # one weight so large that all others of its tensor get the same code
+        bundle.model.get_parameter(name).flatten()[0] = 1e6
+    save(bundle, tmp_path / "spoilt.pth")
+    with torch.no_grad():
+        bundle.model.get_parameter(name).flatten()[0] = 0.1
+    save(replace(bundle), tmp_path / "sound.pth")
+    assert call("quantize", tmp_path / "sound.pth", "--to", "minmax8")[0] == 0
+    (tmp_path / "sound-minmax8.pth").unlink()
+    module_compare = module.compare
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "compare", lambda *args: replace(module_compare(*args), before=100, after=90))
+        status, _, err = call("quantize", tmp_path / "sound.pth", "--to", "minmax8")
+    assert status == 1
+    assert "points, at most 1 are allowed (--floor); no file was kept" in err
+    assert not [file for file in tmp_path.iterdir() if "minmax8" in file.name]
+
+
+def test_validation_images_that_are_the_test_images_measure_nothing(trained):
+    from micronet import MicronetError
+
+    with pytest.raises(MicronetError, match="its validation images are the test images"):
+        module.validation(digits(valid="test"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (("--to", "int4"), 2, "--to must be one of int8, float16, minmax8"),
+        (("--calibrate", "test"), 2, "--calibrate must be train or valid, got 'test'"),
+        (("--method", "mean"), 2, "--method must be minmax, entropy or percentile"),
+        (("--to", "float16", "--seed", "1"), 2, "--seed is for --to int8"),
+        (("--to", "minmax8", "--rank"), 2, "--rank is for --to int8"),
+        (("--compute", "float16"), 2, "is for --to float16"),
+        (("-o", "m.pth"), 2, "the name of such a file ends in .onnx"),
+        (("--to", "minmax8", "-o", "SELF"), 2, "would replace MODEL"),
+        (("-o", "no/such/m.onnx"), 1, "no/such: no such folder to write m.onnx to"),
+        (("--keep-float", "conv9"), 1, "keep_float: no layer 'conv9'"),
+        (("--data", "nowhere"), 1, "no data set 'nowhere'"),
+    ],
+)
+def test_what_is_wrong_is_one_line(call, trained, arguments, status, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = [trained if argument == "SELF" else argument for argument in arguments]
+    found, _, err = call("quantize", trained, *given)
+    assert found == status
+    assert says in " ".join(err.replace("│", " ").split())
+    assert list(tmp_path.iterdir()) == []
+    assert not [file for file in trained.parent.iterdir() if "int8" in file.name]
+
+
+def test_other_files_than_a_bundle_are_one_line(call, small, trained, tmp_path):
+    status, _, err = call("quantize", small.path, "--data", "digits")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "is an ONNX file, quantised or not; give the model.pth that it came from" in err
+    bundle = replace(load(trained), provenance={})
+    save(bundle, tmp_path / "m.pth")
+    status, _, err = call("quantize", tmp_path / "m.pth")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "does not say which images it was trained on" in err
+    assert "--data" in err
