@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from callbacks.fake_quantize import Quantised
 from callbacks.modules import replace_module
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -33,12 +34,15 @@ def fold_norms(model: nn.Module, layers: Mapping[str, Sequence[str]]) -> None:
     """
     for name, norms in layers.items():
         layer = model.get_submodule(name)
-        scale, shift = _affine([model.get_submodule(norm) for norm in norms])
+        scale, shift = scale_and_shift([model.get_submodule(norm) for norm in norms])
         rows = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
         # Behind a view, a channel can be several outputs in a row.
         scale, shift = (value.repeat_interleave(rows // len(value)) for value in (scale, shift))
-        # Adding 0 makes 0.0 of -0.0: a masked weight times a negative factor stays the zero that it was.
-        layer.weight.copy_(layer.weight.double() * _along_outputs(layer, scale) + 0.0)
+        if isinstance(layer, Quantised):
+            layer.rescale(scale)
+        else:
+            # Adding 0 makes 0.0 of -0.0: a masked weight times a negative factor stays the zero that it was.
+            layer.weight.copy_(layer.weight.double() * _along_outputs(layer, scale) + 0.0)
         if layer.bias is not None:
             shift = layer.bias.double() * scale + shift
         _give_bias(layer)
@@ -74,7 +78,7 @@ def drop_norms(model: nn.Module, layers: Mapping[str, Sequence[str]]) -> None:
                 raise ValueError(f"{path} is no BatchNorm")
 
 
-def _affine(norms: Sequence[nn.Module]) -> tuple[Tensor, Tensor]:
+def scale_and_shift(norms: Sequence[nn.Module]) -> tuple[Tensor, Tensor]:
     """The factor and the summand of each channel that normalisations in a row make together, in float64."""
     scale, shift = 1.0, 0.0
     for norm in norms:

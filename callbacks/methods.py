@@ -84,6 +84,7 @@ TABLE: Mapping[str, Mapping[str, Verdict]] = {
     "low_rank tucker2": _SPATIAL,
     "separable": _SPATIAL,
     "fold_bn": {**_WEIGHTS, "norm": _YES},
+    "quantise": {**_WEIGHTS, "transposed": _TRANSPOSED},
 }  # fmt: skip
 
 # What depends on more than the kind, for the reader of the table.
@@ -96,6 +97,8 @@ NOTES: Mapping[str, str] = {
     "separable": "leaves a layer of at most 3 input channels, as the one that reads the image, unless it is named",
     "fold_bn": "takes a BatchNorm that directly follows a layer and alone reads it; LayerNorm and GroupNorm, whose "
     "statistics are each image's own, stay",
+    "quantise": "skips a layer whose forward may be its own (a subclass), one that shares its weights, and one that no "
+    "image reaches",
 }
 
 BLOCK = 4  # output by input channels of a block; also the input channels that 2:4 looks at together

@@ -26,6 +26,7 @@ from callbacks.own_tensors import Tensors, bits_of
 # Higher-order operations that run their body exactly once.
 _WRAPPERS = ("wrap", "wrap_with_autocast", "wrap_with_set_grad_enabled", "wrap_activation_checkpoint")
 _WRAPPERS += ("tag_activation_checkpoint",)
+_FAKE_QUANTIZE = "micronet.fake_quantize.default"  # of `fake_quantize.py`
 
 
 class TraceError(ValueError):
@@ -41,6 +42,7 @@ class _Reader:
         self.made: dict[tuple[Any, ...], Value] = {}
         self.values: dict[fx.Node, Value] = {}
         self.storages: dict[int, Value] = {}
+        self.scales: dict[int, Value] = {}  # the step sizes of constants that are codes, by their `id`
         self.modules = modules
         specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
         inputs = []
@@ -77,6 +79,8 @@ class _Reader:
             elif node.op == "call_function":
                 if isinstance(node.target, torch._ops.HigherOrderOperator):
                     self.read_body(graph, node)
+                elif str(node.target) == _FAKE_QUANTIZE:
+                    self.quantise(node)
                 elif isinstance(node.target, torch._ops.OpOverload) and isinstance(tensor_of(node), Tensor):
                     self.nodes.append(self.node(node))
                 elif node.target is operator.getitem and node.args[0] in self.values:
@@ -107,11 +111,32 @@ class _Reader:
         (output,) = body.graph.find_nodes(op="output")
         self.values[node] = self.values[output.all_input_nodes[0]]
 
+    def quantise(self, node: fx.Node) -> None:
+        """Numbers rounded to codes, on which their reader computes; constants are rounded beforehand, and stored so."""
+        call = Call.of(node)
+        x, scale = (self.values[given] for given in call.nodes("x", "scale"))
+        low, high = call.args["low"], call.args["high"]
+        if x.fixed:
+            key = ("codes", id(x), id(scale), low, high)
+            if key not in self.made:
+                self.made[key] = self.tensors.codes(x, scale, low, high)
+            codes = self.values[node] = self.made[key]
+            self.scales[id(codes)] = scale
+            return
+        codes = self.give(node)
+        codes.bits = (high - low).bit_length()
+        path, kind = self.owner(node, "quantize")
+        name = path if path.endswith("quantize") else f"{path}.quantize"  # the layer itself has a line of its name
+        attrs = {"zero_point": False, "extra": (scale,)}
+        self.nodes.append(Node(op="quantize", inputs=(x,), outputs=(codes,), attrs=attrs, name=name, module=kind))
+
     def node(self, node: fx.Node) -> Node:
         call = Call.of(node)
         op, read, attrs = READERS[call.op](call) if call.op in READERS else (call.op, call.all_nodes(), {})
         inputs = tuple(self.values.get(n) if n is not None else None for n in read)
         op, inputs, attrs = _with_weights(op, inputs, attrs, len(call.out))
+        scales = tuple(self.scales[id(v)] for v in inputs if id(v) in self.scales)
+        attrs = attrs | ({"extra": scales} if scales else {})
         given = [v for v in inputs if v is not None]
         if not given and node.all_input_nodes and op != LITERAL:  # or it would pass for a constant
             raise TraceError(f"what {node.target} reads is not known")

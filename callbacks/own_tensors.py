@@ -2,10 +2,12 @@
 
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from callbacks.fake_quantize import round_to_codes
 from callbacks.graph import Value
 
 
@@ -49,6 +51,13 @@ class Tensors:
                 masked=None if self.masks is None and mask is None else mask is not None,
             )
         return self.values[key]
+
+    def codes(self, weight: Value, scale: Value, low: int, high: int) -> Value:
+        """A constant rounded to codes, as it is stored: non-zero codes are counted, unless a mask says what is kept."""
+        tensors = [self.own.get("+".join(value.names)) for value in (weight, scale)]
+        known = not any(tensor is None or tensor.is_meta for tensor in tensors)
+        count = None if not known else lambda: int(round_to_codes(*tensors, low, high).count_nonzero())
+        return replace(weight, bits=(high - low).bit_length(), nonzero=weight.nonzero if weight.masked else count)
 
     def attribute(self, name: str) -> Tensor | None:
         """A tensor that is neither parameter nor buffer, such as the product that torch's pruning keeps."""

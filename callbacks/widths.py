@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from callbacks.modules import tensors
+
 Widths = dict[str, dict[str, int]]
 
 
@@ -25,11 +27,14 @@ Shapes = dict[str, tuple[int, ...]]
 
 def _conv(m: _ConvNd, w: Mapping[str, int]) -> Shapes:
     first, second = ("in_channels", "out_channels") if m.transposed else ("out_channels", "in_channels")
-    return {"weight": (w[first], w[second] // w["groups"], *m.kernel_size), "bias": (w["out_channels"],)}
+    weight = (w[first], w[second] // w["groups"], *m.kernel_size)
+    # A quantised layer has a step size for each output, too.
+    return {"weight": weight} | dict.fromkeys(("bias", "weight_scale"), (w["out_channels"],))
 
 
 def _linear(m: nn.Linear, w: Mapping[str, int]) -> Shapes:
-    return {"weight": (w["out_features"], w["in_features"]), "bias": (w["out_features"],)}
+    weight = (w["out_features"], w["in_features"])
+    return {"weight": weight} | dict.fromkeys(("bias", "weight_scale"), (w["out_features"],))
 
 
 def _channels(m: nn.Module, w: Mapping[str, int]) -> Shapes:
@@ -122,7 +127,7 @@ def set_widths(model: nn.Module, table: Mapping[str, Mapping[str, int]]) -> None
     for name, wanted in table.items():
         for attribute, width in wanted.items():
             setattr(modules[name], attribute, width)
-    for name, value in _tensors(model).items():
+    for name, value in tensors(model).items():
         if name in shapes and tuple(value.shape) != shapes[name]:
             _put(value, value.data.new_zeros(shapes[name]))
 
@@ -135,10 +140,6 @@ def _put(value: Tensor, new: Tensor) -> None:
     other = torch.float16 if new.dtype != torch.float16 else torch.float32
     value.data = new.new_empty(0, dtype=other)
     value.data = new
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def narrower(model: nn.Module, whole: Mapping[str, Mapping[str, int]]) -> Widths:
@@ -171,20 +172,27 @@ def narrow(
         ValueError: the new tensors are not those of layers of such widths, or of a kind that can't be resized; the
             network is unchanged.
     """
-    shapes, tensors = shapes_at(model, table), _tensors(model)
+    shapes, own = shapes_at(model, table), tensors(model)
     for name, places in kept.items():
         if name not in shapes:
             owner = dict(model.named_modules()).get(name.rpartition(".")[0])
             raise ValueError(f"{name}: a tensor of a {type(owner).__name__} can't be resized")
         if places.shape != shapes[name]:
             raise ValueError(f"{name}: {tuple(places.shape)} is kept of a layer whose widths make it {shapes[name]}")
-    left = [name for name, shape in shapes.items() if name not in kept and tensors[name].shape != shape]
+    left = [name for name, shape in shapes.items() if name not in kept and own[name].shape != shape]
     if left:
         raise ValueError(f"{left[0]}: it is not said what to keep of it")
-    olds = {name: (tensors[name].data, tensors[name].grad) for name in kept}
+    for name in kept:
+        for value in [v for state in _states(opt, own[name]) for v in state.values()]:
+            if isinstance(value, Tensor) and value.dim() and not _alike(value, own[name]):
+                raise ValueError(
+                    f"{name}: its optimizer keeps {tuple(value.shape)} numbers for {tuple(own[name].shape)} weights, "
+                    "which can't be cut along with them: choose one that keeps one for each, such as SGD or Adam"
+                )
+    olds = {name: (own[name].data, own[name].grad) for name in kept}
     set_widths(model, table)
     for name, places in kept.items():
-        value, (old, grad) = tensors[name], olds[name]
+        value, (old, grad) = own[name], olds[name]
         _put(value, take(old, places))
         value.grad = None if grad is None else take(grad, places)
         for state in _states(opt, value):

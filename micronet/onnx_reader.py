@@ -199,7 +199,8 @@ class Reader:
 
         name, write = f"{weight}/codes", Writer(node)
         known = not zero or self.shapes.kind(zero) == TensorProto.UINT8
-        self.shapes.types[name] = helper.make_tensor_type_proto(TensorProto.UINT8, (inputs, outputs))
+        # As real numbers, which MatMul multiplies: what it gives can be inferred.
+        self.shapes.types[name] = helper.make_tensor_type_proto(TensorProto.FLOAT, (inputs, outputs))
         self.values[name] = Value(
             shape=(inputs, outputs),
             bits=bits,

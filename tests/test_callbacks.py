@@ -25,6 +25,8 @@ from callbacks.masks import KeepZeros
 from callbacks.op_counter import OpCounter
 from callbacks.precision import Precision, bf16_speeds_up
 from callbacks.prune import PruneChannels
+from callbacks.quant_aware import QuantAware
+from callbacks.quantize import QuantizeInt8
 from callbacks.ramp import OneShot, Rounds
 from callbacks.sparsify import Sparsify
 
@@ -40,6 +42,8 @@ CASES = {
     OpCounter: lambda folder: OpCounter(),
     Precision: lambda folder: Precision(bf16=True, channels_last=True),
     PruneChannels: lambda folder: PruneChannels(0.25, importance="taylor", schedule=OneShot(end=0.1)),
+    QuantAware: lambda folder: QuantAware(4, 4, images=16, norm_images=16),
+    QuantizeInt8: lambda folder: QuantizeInt8(images=8, floor=100),
     Sparsify: lambda folder: Sparsify(0.5, Rounds(start=0.1, rounds=3), criterion="taylor", rewind=0.1),
 }
 
@@ -58,8 +62,13 @@ def public_callbacks():
     return found
 
 
+# What a callback leaves in the network, by design: the step sizes of layers that stay quantised.
+STAYS = ("weight_scale", "act_scale")
+
+
 def found(learn: Learner) -> dict:
     """What a callback may not leave changed."""
+    parameters = [p for name, p in learn.model.named_parameters() if not name.endswith(STAYS)]
     return {
         "callbacks": sorted(cb.name for cb in learn.cbs),
         "loss": learn.loss_func,
@@ -69,9 +78,9 @@ def found(learn: Learner) -> dict:
             (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in learn.model.modules()
         ],
         "metrics": [metric.name for metric in learn.metrics],
-        "layout": [p.is_contiguous() for p in learn.model.parameters()],  # strides change where channels go
-        "grad": [p.requires_grad for p in learn.model.parameters()],
-        "keys": list(learn.model.state_dict()),
+        "layout": [p.is_contiguous() for p in parameters],  # strides change where channels go
+        "grad": [p.requires_grad for p in parameters],
+        "keys": [name for name in learn.model.state_dict() if not name.endswith(STAYS)],
         "autocast": torch.is_autocast_enabled("cpu"),
     }
 

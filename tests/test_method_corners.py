@@ -348,7 +348,7 @@ def test_a_learning_rate_is_looked_for_in_the_first_fit_with_epochs_as_it_is_edi
 
 
 def test_what_a_swap_is_given_must_be_classes():
-    with pytest.raises(MicronetError, match=r"new must be another class of .*, got ReLU6\(\)"):
+    with pytest.raises(MicronetError, match=r"new must be another one of .*, got ReLU6\(\)"):
         swap_activation(plain(), nn.ReLU, nn.ReLU6())
     with pytest.raises(MicronetError, match="old must be a class"):
         swap_activation(plain(), nn.ReLU(), nn.ReLU6)

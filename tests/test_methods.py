@@ -11,9 +11,13 @@ from pruning import fit, learner
 from torch import nn
 
 from callbacks.dependency import find_groups
+from callbacks.fake_quantize import quantised_layers
+from callbacks.fake_quantize import Quantised
 from callbacks.importance import ranked_by
 from callbacks.methods import KINDS, NOTES, TABLE, Verdict, as_markdown, by_reason, chosen, layer_kind, verdict
 from callbacks.prune import PruneChannels
+from callbacks.quant_aware import QuantAware
+from callbacks.quant_aware import QuantAware
 from callbacks.sparsify import Sparsify
 from micronet import MicronetError
 from micronet.edits import fold_bn, low_rank, separable
@@ -104,6 +108,18 @@ def by_fold(model):
     ), f"{edited.summary} probe"  # a layer without BatchNorm is no news
 
 
+def by_quantise(model):
+    cb = QuantAware(images=2, norm_images=0)
+    fit(learner(model), 0, cb)
+    return "probe" in quantised_layers(model), cb.summary
+
+
+def by_quantise(model):
+    cb = QuantAware(images=8, norm_images=0)
+    fit(learner(model), 0, cb)
+    return isinstance(model.probe, Quantised), cb.summary
+
+
 METHODS = {
     **{f"sparsify {g}": partial(by_sparsify, g) for g in ("weight", "kernel", "filter", "2:4", "block")},
     "prune": by_prune,
@@ -113,6 +129,7 @@ METHODS = {
     "low_rank tucker2": partial(by_edit, partial(low_rank, method="tucker2", rank=2)),
     "separable": partial(by_edit, partial(separable)),
     "fold_bn": by_fold,
+    "quantise": by_quantise,
 }
 
 
@@ -141,6 +158,7 @@ NAMED = {
     ),
     "low_rank": lambda method, model: low_rank(model, method=method.split()[1], rank={"probe": 2}),
     "separable": lambda method, model: separable(model, layers=["probe"]),
+    "quantise": lambda method, model: fit(learner(model), 0, QuantAware(layers=["probe"])),
 }
 REFUSED = [
     (method, kind)

@@ -39,7 +39,7 @@ def swap_activation(
     """
     if new not in ACTIVATIONS.values() or new is old:
         got = getattr(new, "__name__", repr(new))
-        raise MicronetError(f"swap_activation: new must be another class of {', '.join(ACTIVATIONS)}, got {got}")
+        raise MicronetError(f"swap_activation: new must be another one of {', '.join(ACTIVATIONS)}, got {got}")
     if not isinstance(old, type):
         raise MicronetError(f"swap_activation: old must be a class, such as nn.ReLU, got {old!r}")
     layers = {name: new.__name__ for name, module in model.named_modules() if name and type(module) is old}

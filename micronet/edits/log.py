@@ -5,10 +5,12 @@ from typing import Any
 from torch import nn
 
 from micronet.edits.activations import again as _swap
+from micronet.edits.affine import again as _affine
 from micronet.edits.depthwise import again as _separate
 from micronet.edits.factored import again as _factor
 from micronet.edits.folded import again as _fold
 from micronet.edits.gate import Step
+from micronet.edits.quantised import again as _quantise
 from micronet.errors import MicronetError
 
 
@@ -27,6 +29,8 @@ def replay(model: nn.Module, entry: dict[str, Any]) -> None:
         "low_rank": _factor,
         "separable": _separate,
         "fold_bn": _fold,
+        "quantised": _quantise,
+        "channel_affine": _affine,
     }
     name = entry.get("edit")
     if not isinstance(name, str) or name not in steps:

@@ -1,0 +1,58 @@
+"""ResNet-20 with weights and activations of four bits, trained that way.
+
+Result: not run yet.
+Cost: not run yet.
+Run: micronet fit recipes/quantize_resnet20.py
+     micronet fit recipes/quantize_resnet20.py -s weight_bits=3 -s act_bits=3 -o runs/quantize3
+     micronet fit recipes/quantize_resnet20.py -s control=True -o runs/quantize_control
+Source: Esser et al. 2020, "Learned Step Size Quantization", https://arxiv.org/abs/1902.08153.
+"""
+
+from functools import partial
+from pathlib import Path
+
+from callbacks.quant_aware import QuantAware
+from micronet import Fit, Recipe, sgd
+from micronet.data import Augment, cifar10
+
+BASE = Path(__file__).parents[1] / "tests" / "data" / "resnet20_cifar10.pth"
+
+
+def recipe(
+    *,
+    weight_bits: int = 4,
+    act_bits: int = 4,
+    first_last_bits: int = 8,
+    epochs: int = 5,
+    lr: float = 0.02,
+    control: bool = False,
+    smoke: bool = False,
+) -> Recipe:
+    """Train the committed ResNet-20 on with quantised weights and activations.
+
+    Args:
+        weight_bits: width of the weights, 2 to 8.
+        act_bits: width of the layers' inputs, 2 to 8.
+        first_last_bits: width of both in the first and the last layer.
+        epochs: of training; 0 only finds the step sizes.
+        lr: its largest learning rate.
+        control: train the same without quantising, for comparison.
+        smoke: one epoch.
+    """
+    quantise = partial(QuantAware, weight_bits, act_bits, first_last_bits=first_last_bits)
+    trained = Fit(
+        "control" if control else "qat",
+        epochs=1 if smoke else epochs,
+        lr=lr,
+        opt=sgd(),
+        wd=5e-4,
+        ema=0.999,
+        keep="last",
+        label_smoothing=0.1,
+        cbs=() if control else (quantise,),
+    )
+    return Recipe(
+        data=partial(cifar10, batch_size=64, valid=0.02, augment=Augment(crop=4, flip=0.5)),
+        model=BASE,
+        stages=(Fit("base", epochs=0), trained),
+    )
