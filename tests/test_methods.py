@@ -11,12 +11,10 @@ from pruning import fit, learner
 from torch import nn
 
 from callbacks.dependency import find_groups
-from callbacks.fake_quantize import quantised_layers
 from callbacks.fake_quantize import Quantised
 from callbacks.importance import ranked_by
 from callbacks.methods import KINDS, NOTES, TABLE, Verdict, as_markdown, by_reason, chosen, layer_kind, verdict
 from callbacks.prune import PruneChannels
-from callbacks.quant_aware import QuantAware
 from callbacks.quant_aware import QuantAware
 from callbacks.sparsify import Sparsify
 from micronet import MicronetError
@@ -106,12 +104,6 @@ def by_fold(model):
     return now is None or not torch.equal(
         now, weight
     ), f"{edited.summary} probe"  # a layer without BatchNorm is no news
-
-
-def by_quantise(model):
-    cb = QuantAware(images=2, norm_images=0)
-    fit(learner(model), 0, cb)
-    return "probe" in quantised_layers(model), cb.summary
 
 
 def by_quantise(model):
