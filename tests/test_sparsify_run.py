@@ -89,7 +89,7 @@ def test_what_is_refused_is_one_line(made, says, tmp_path):
 
 
 def test_a_plan_says_what_comes_out(tmp_path):
-    by_layer = partial(Sparsify, {"fc": 0.5}, scope="local", schedule=OneShot())
+    fewer = partial(Sparsify, 0.8, schedule=OneShot())
     stages = (
         Fit("half", epochs=0, cbs=(partial(Sparsify, 0.5, schedule=OneShot(), scope="local"),)),
         Fit("most", epochs=0, cbs=(partial(Sparsify, 0.9, schedule=OneShot()),)),
@@ -99,7 +99,7 @@ def test_a_plan_says_what_comes_out(tmp_path):
     for stage, row in zip(planned, read_rows(tmp_path), strict=True):
         assert stage.score.storage == pytest.approx(row["storage"], rel=0.01)
     assert [stage.expected.estimated for stage in planned] == [False, True]
-    refused = plan(recipe(stages[1], Fit("back", epochs=0, cbs=(by_layer,))), limit=64, timed=False).findings
+    refused = plan(recipe(stages[1], Fit("back", epochs=0, cbs=(fewer,))), limit=64, timed=False).findings
     assert [(finding.stage, finding.refused) for finding in refused] == [("back", True)]
 
 
