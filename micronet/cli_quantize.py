@@ -168,11 +168,12 @@ def _made(
 def _lines(found: "Quantised") -> list[str]:
     parity = found.parity
     lost = 100 * (parity.before - parity.after) / parity.images
+    change = f"{abs(lost):.2f} points {'lost' if lost >= 0 else 'gained'}"
     lines = [
         f"{found.path}: {found.bytes:,} bytes",
         f"the network itself: {found.graph_bytes:,} bytes, {found.float_bytes:,} in float32: "
         f"{found.ratio:.2f} times smaller",
-        f"{found.images}: right on {parity.after:,}, in float32 on {parity.before:,} ({lost:+.2f} points lost); "
+        f"{found.images}: right on {parity.after:,}, in float32 on {parity.before:,} ({change}); "
         f"{parity.agreeing:,} keep their class; relative error of the logits at most {parity.relative_error:.2g}",
     ]
     if found.to == "int8":
