@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from callbacks.copies import copied, on_cpu, on_meta
 from micronet.errors import MicronetError, first_line
-from micronet.model_source import DEFAULT_SIZE, ModelSource
+from micronet.model_source import ModelSource
+from micronet.named_networks import DEFAULT_SIZE
 
 
 class Paths:

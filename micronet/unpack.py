@@ -24,7 +24,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from micronet.bundle import Bundle, assemble, check_fields
+from micronet.bundle import Bundle, assemble
+from micronet.bundle_file import check_fields
 from micronet.errors import MicronetError, first_line
 from micronet.factories import find_factory
 from micronet.packed_arrays import CODED, PackedArrays
