@@ -39,7 +39,8 @@ def pictures(size: int):
         return data
 
     def larger(images):
-        return replace(images, images=images.images.repeat_interleave(2, 2).repeat_interleave(2, 3).contiguous())
+        pixels = images.images.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        return replace(images, images=pixels.contiguous(memory_format=torch.channels_last))
 
     return replace(data, train=larger(data.train), valid=larger(data.valid), test=larger(data.test))
 
