@@ -22,6 +22,7 @@ from callbacks.channels import Group, Member, axes, removal, whole
 from callbacks.copies import copied, on_cpu
 from callbacks.dependency_graph import Flow, Spot, trace_channels
 from callbacks.methods import verdict
+from callbacks.modules import tensors
 from callbacks.widths import narrow, shapes_at, widths
 
 
@@ -172,12 +173,12 @@ def _stands(shadow: nn.Module, groups: Sequence[Group], images: Tensor) -> bool:
     after = {g.name: torch.randperm(g.channels, generator=generator) >= g.channels // 2 for g in groups}
     gone = removal(shadow, groups, whole(groups), after)
     zeroed, narrowed = copied(shadow, torch.clone), copied(shadow, torch.clone)
-    tensors = dict(zeroed.named_parameters()) | dict(zeroed.named_buffers())
+    own = tensors(zeroed)
     with torch.no_grad():
         for name, places in gone.kept.items():
-            value = torch.zeros(tensors[name].numel(), dtype=tensors[name].dtype)
-            value[places.flatten()] = tensors[name].flatten()[places.flatten()]
-            tensors[name].copy_(value.reshape(tensors[name].shape))
+            value = torch.zeros(own[name].numel(), dtype=own[name].dtype)
+            value[places.flatten()] = own[name].flatten()[places.flatten()]
+            own[name].copy_(value.reshape(own[name].shape))
         try:
             narrow(narrowed, gone.kept, gone.table)
             with _WithoutStatistics():

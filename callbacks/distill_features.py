@@ -16,12 +16,11 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from fastai.optimizer import OptimWrapper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from callbacks.widths import take
+from callbacks.widths import for_each_weight, kept_of, take
 
 MAKERS = (_ConvNd, nn.Linear, _NormBase, nn.GroupNorm)  # whose outputs are the rows of their tensors
 Key = tuple[str, str, int]  # the student's layer, the teacher's, the teacher's number
@@ -214,7 +213,10 @@ class Adapters:
             old = adapter.weight
             places = torch.arange(old.numel(), device=channels.device).reshape(old.shape)[:, channels]
             optimizer = [
-                {k: take(v, places) if p is old and _alike(v, old) else v for k, v in self._state.pop(p).items()}
+                {
+                    k: take(v, places) if p is old and for_each_weight(v, old) else v
+                    for k, v in self._state.pop(p).items()
+                }
                 for p in adapter.parameters()
             ]
             self._put(key, adapter.state_dict() | {"weight": take(old.detach(), places)}, optimizer)
@@ -223,7 +225,7 @@ class Adapters:
         """Join the last group of an optimizer, for one step."""
         for parameter, state in self._state.items():
             opt.param_lists[-1].append(parameter)
-            _states(opt)[parameter] = state
+            kept_of(opt)[parameter] = state
         self._opt = opt
 
     def leave(self) -> None:
@@ -232,7 +234,7 @@ class Adapters:
             return
         for parameter in self._state:
             self._opt.param_lists[-1].pop()
-            self._state[parameter] = _states(self._opt).pop(parameter)
+            self._state[parameter] = kept_of(self._opt).pop(parameter)
         self._opt = None
 
     def zero_grad(self) -> None:
@@ -254,7 +256,7 @@ class Adapters:
             # torch's optimizers keep their count of steps on the CPU; what they keep for each weight goes with it.
             values, optimizer = list(entry["state"].values()), entry["optimizer"]
             moved = [
-                {k: v.to(device) if _alike(v, value) else v for k, v in kept.items()}
+                {k: v.to(device) if for_each_weight(v, value) else v for k, v in kept.items()}
                 for value, kept in zip(values, optimizer, strict=True)
             ]
             self._put(tuple(entry["key"]), {k: v.to(device) for k, v in entry["state"].items()}, moved)
@@ -266,12 +268,3 @@ class Adapters:
         adapter.load_state_dict(values)
         self._add(key, adapter)
         self._state.update(zip(adapter.parameters(), optimizer, strict=True))
-
-
-def _states(opt: Any) -> dict[Any, dict[str, Any]]:
-    """What an optimizer keeps of each parameter; fastai's wrapper around torch's has another dict of that name."""
-    return opt.opt.state if isinstance(opt, OptimWrapper) else opt.state
-
-
-def _alike(value: Any, parameter: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == parameter.shape

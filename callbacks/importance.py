@@ -26,11 +26,10 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from callbacks.channels import Alive, Group, Member, axes, there
 from callbacks.methods import verdict
+from callbacks.sparsity import TAYLOR_DECAY
 
 Importance = Literal["l1", "l2", "mean_abs", "bn_scale", "fpgm", "taylor", "random"]
 Key = tuple[str, str]  # a layer's name, and its axis: `"out"` or `"in"`
-
-TAYLOR_DECAY = 0.99  # the average looks back about a hundred steps: older gradients are of other weights
 
 
 def filters(layer: nn.Module, value: Tensor, axis: str) -> Tensor:

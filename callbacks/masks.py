@@ -18,7 +18,7 @@ from fastai.callback.core import Callback
 from torch import Tensor
 
 from callbacks.protocol import tell
-from callbacks.widths import take
+from callbacks.widths import for_each_weight, kept_of, take
 
 
 @torch.no_grad()
@@ -44,11 +44,15 @@ def forget_masked(opt: Any, tensors: Mapping[str, Tensor], masks: Mapping[str, T
         tensors: the parameters by name.
         masks: by the same names, False where the weight is masked.
     """
-    state = getattr(opt, "opt", opt).state  # the wrapper has one, too, and never fills it
+    state = kept_of(opt)
     for name, mask in masks.items():
         for value in state.get(tensors[name], {}).values():
-            if isinstance(value, Tensor) and value.shape == mask.shape:
+            if for_each_weight(value, mask):
                 value.masked_fill_(~mask, 0)
+
+
+def _cut(masks: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: take(mask, kept[name]) if name in kept else mask for name, mask in masks.items()}
 
 
 def _two_of_four(mask: Tensor) -> bool:
@@ -96,7 +100,7 @@ class KeepZeros(Callback):
 
     def resized(self, kept: Mapping[str, Tensor]) -> None:
         """Cut the masks as the weights were cut."""
-        cut = {n: take(mask, kept[n]) if n in kept else mask for n, mask in self._masks.items()}
+        cut = _cut(self._masks, kept)
         broken = [n for n, mask in self._masks.items() if _two_of_four(mask) and not _two_of_four(cut[n])]
         if broken:
             raise ValueError(
@@ -105,7 +109,7 @@ class KeepZeros(Callback):
             )
         self._masks = cut
         # Where the fit had no epochs, channels go when this callback is through with it.
-        self._given = {n: take(mask, kept[n]) if n in kept else mask for n, mask in self._given.items()}
+        self._given = _cut(self._given, kept)
 
     def after_fit(self) -> None:
         """Remember masks that were cut: they are what a further fit begins with."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from callbacks.errors import first_line
 from callbacks.fake_quantize import quantised_layers
 from callbacks.fold import fold_norms
 from callbacks.fold_plan import plan_folds
@@ -98,8 +99,7 @@ def export_onnx(model: nn.Module, input_size: Sequence[int], *, int4: bool = Fal
                 custom_translation_table=translation(int4) if quantised else None,
             )
     except Exception as error:  # the exporter's own errors share no class
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ExportError(f"torch can't export it to ONNX: {line[:200]}") from error
+        raise ExportError(f"torch can't export it to ONNX: {first_line(error)[:200]}") from error
     proto = program.model_proto
     if len(proto.graph.output) != 1:
         raise ExportError(f"it gives {len(proto.graph.output)} outputs, and a classifier gives logits alone")

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from callbacks.aten import LITERAL, READERS
 from callbacks.aten_call import Call, tensor_of
 from callbacks.copies import copied, on_cpu, on_meta
+from callbacks.errors import first_line
 from callbacks.graph import Graph, Node, Shape, Value
 from callbacks.ledger import Line, build
 from callbacks.own_tensors import Tensors, bits_of
@@ -246,9 +247,10 @@ def trace(
         try:
             return _export(copied(model, on_cpu), sizes, tensors, params)
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             images = " and ".join(map(str, sizes))
-            raise TraceError(f"cannot trace {type(model).__name__} with an image of {images}: {reason}") from error
+            raise TraceError(
+                f"cannot trace {type(model).__name__} with an image of {images}: {first_line(error)}"
+            ) from error
 
 
 def count_ops(model: nn.Module, input_size: Sequence[int] = (3, 32, 32)) -> tuple[Line, ...]:

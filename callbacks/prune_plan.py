@@ -151,6 +151,10 @@ class Plan:
             raise ValueError(self._unreachable(count(len(chunks))))
         return chunks[:number]
 
+    def _at_first(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """All channels, and scores by which none matters more than another."""
+        return whole(self.groups), {group.name: torch.zeros(group.channels) for group in self.groups}
+
     def rounds(self, model: nn.Module, masks: Mapping[str, Tensor], shares: Sequence[float]) -> list[int]:
         """How many channels are gone at some shares of the aim, where none matters more than another.
 
@@ -159,7 +163,7 @@ class Plan:
             masks: of its zeros.
             shares: of the aim, in (0, 1].
         """
-        alive, nothing = whole(self.groups), {group.name: torch.zeros(group.channels) for group in self.groups}
+        alive, nothing = self._at_first()
         found = (self.next(model, masks, alive, nothing, share) for share in shares)
         return [sum(len(chunk.channels) for chunk in chunks) for chunks in found]
 
@@ -170,7 +174,7 @@ class Plan:
             model: the whole network.
             masks: of its zeros.
         """
-        alive, nothing = whole(self.groups), {group.name: torch.zeros(group.channels) for group in self.groups}
+        alive, nothing = self._at_first()
         target = Params(model, self.groups)
         after = without(alive, self.next(model, masks, alive, nothing, 1.0))
         return target.guess(after) / target.begin
@@ -217,8 +221,7 @@ class Plan:
 
     def _check(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         """Refuse an aim that can't be reached or changes nothing; which channels matter does not matter here."""
-        alive = whole(self.groups)
-        nothing = {group.name: torch.zeros(group.channels) for group in self.groups}
+        alive, nothing = self._at_first()
         if self.target is None:
             self._check_ratio(model, masks, alive, nothing)
             return

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from callbacks.errors import first_line
+
 
 class _Keep:
     """A forward hook that keeps the last output, as float32; an object, not a closure: a copied network keeps none."""
@@ -110,7 +112,7 @@ class Teacher:
         except RuntimeError as error:
             shapes = " and ".join(str(tuple(x.shape)) for x in xb)
             raise ValueError(
-                f"the teacher can't take the student's batch {shapes}: {str(error).strip().splitlines()[0][:160]}"
+                f"the teacher can't take the student's batch {shapes}: {first_line(error)[:160]}"
             ) from error
         finally:
             self.taps.close()

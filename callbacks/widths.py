@@ -183,8 +183,8 @@ def narrow(
     if left:
         raise ValueError(f"{left[0]}: it is not said what to keep of it")
     for name in kept:
-        for value in [v for state in _states(opt, own[name]) for v in state.values()]:
-            if isinstance(value, Tensor) and value.dim() and not _alike(value, own[name]):
+        for value in kept_of(opt).get(own[name], {}).values():
+            if isinstance(value, Tensor) and value.dim() and not for_each_weight(value, own[name]):
                 raise ValueError(
                     f"{name}: its optimizer keeps {tuple(value.shape)} numbers for {tuple(own[name].shape)} weights, "
                     "which can't be cut along with them: choose one that keeps one for each, such as SGD or Adam"
@@ -195,19 +195,28 @@ def narrow(
         value, (old, grad) = own[name], olds[name]
         _put(value, take(old, places))
         value.grad = None if grad is None else take(grad, places)
-        for state in _states(opt, value):
-            state.update({k: take(v, places) for k, v in state.items() if _alike(v, old)})
+        state = kept_of(opt).get(value, {})
+        state.update({k: take(v, places) for k, v in state.items() if for_each_weight(v, old)})
 
 
-def _states(opt: Any, parameter: Tensor) -> list[dict[str, Any]]:
-    """What an optimizer keeps for a parameter; fastai's `OptimWrapper` has an empty state of its own beside torch's."""
-    optimizers = [one for one in (opt, getattr(opt, "opt", None)) if hasattr(one, "state")]
-    return [one.state[parameter] for one in optimizers if parameter in one.state]
+def kept_of(opt: Any) -> dict[Tensor, dict[str, Any]]:
+    """What an optimizer keeps of each parameter.
+
+    Args:
+        opt: a torch optimizer, one of fastai's, or fastai's wrapper around one of torch's; None for none.
+    """
+    # The wrapper has a state of its own, too, and never fills it.
+    return {} if opt is None else getattr(opt, "opt", opt).state
 
 
-def _alike(value: Any, old: Tensor) -> bool:
-    """Whether an optimizer keeps it for each weight."""
-    return isinstance(value, Tensor) and value.shape == old.shape
+def for_each_weight(value: Any, parameter: Tensor) -> bool:
+    """Whether an optimizer keeps a value for each weight of a parameter, as it does the momentum.
+
+    Args:
+        value: what it keeps.
+        parameter: of any **shape**.
+    """
+    return isinstance(value, Tensor) and value.shape == parameter.shape
 
 
 def take(value: Tensor, places: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from micronet.errors import MicronetError
+from micronet.errors import MicronetError, first_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,5 +70,6 @@ def decode(entry: Entry, size: int, exact: bool) -> np.ndarray:
                 image = to_rgb(ImageOps.exif_transpose(image))
             return np.asarray(image)
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MicronetError(f"{entry.name} cannot be read as an image ({reason}): mend or remove it") from error
+        raise MicronetError(
+            f"{entry.name} cannot be read as an image ({first_line(error)}): mend or remove it"
+        ) from error

@@ -86,15 +86,29 @@ def export(
     logits = proto.graph.output[0].type.tensor_type.shape.dim[-1].dim_value
     if logits != len(classes):
         raise MicronetError(f"{source.name}: gives {logits} logits, and there are {len(classes)} classes")
-    meta = Meta(
-        classes=classes,
-        input_size=data.input_size,
-        mean=images.mean,
-        std=images.std,
-        normalised=normalise,
-        provenance=provenance(source),
-    )
+    meta = described(source, data, normalise=normalise)
     return keep(proto, path, source=source.module, images=images, meta=meta, floor=floor, tolerance=TOLERANCE)
+
+
+def described(
+    source: "ModelSource", data: Data, *, normalise: bool = False, made: Mapping[str, Any] | None = None
+) -> Meta:
+    """What an ONNX file says of itself, but for score and gate.
+
+    Args:
+        source: the network that it is made from.
+        data: its image sets, normalised as it is to see them.
+        normalise: whether the graph itself normalises.
+        made: how the file was made, where there is a choice; it goes with the provenance.
+    """
+    return Meta(
+        classes=source.classes or data.classes,
+        input_size=data.input_size,
+        mean=data.mean,
+        std=data.std,
+        normalised=normalise,
+        provenance=provenance(source) | dict(made or {}),
+    )
 
 
 def provenance(source: "ModelSource") -> dict[str, Any]:

@@ -9,6 +9,17 @@ from micronet.data import Data
 from micronet.data.splits import spread
 
 
+def normalised(scaled: Tensor, how: "RealImages | Data") -> Tensor:
+    """Images from 0 to 1 as a network takes them.
+
+    Args:
+        scaled: **shape** `(N, C, H, W)`, in [0, 1].
+        how: has the mean and deviation of each channel.
+    """
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (how.mean, how.std))
+    return (scaled - mean) / std
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RealImages:
     """Images that a file is compared on with its source.
@@ -33,8 +44,7 @@ class RealImages:
 
     def normalise(self, images: Tensor) -> Tensor:
         """Scaled images as the network takes them."""
-        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
-        return (images - mean) / std
+        return normalised(images, self)
 
 
 def real_images(data: Data, number: int) -> RealImages:

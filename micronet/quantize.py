@@ -25,10 +25,9 @@ from callbacks.saving import whole_or_absent
 from micronet.bundle import Bundle, load, save
 from micronet.data import Data
 from micronet.data.store import progress
-from micronet.deploy import check_zeros, keep, provenance
+from micronet.deploy import check_zeros, described, keep
 from micronet.errors import MicronetError, first_line
-from micronet.gate_images import RealImages
-from micronet.onnx_meta import Meta
+from micronet.gate_images import RealImages, normalised
 from micronet.parity import Answers, compare
 from micronet.quantised_file import Quantised, Ranking
 
@@ -196,8 +195,7 @@ def _export(source: "ModelSource", data: Data) -> Any:
 
 
 def _normalised(pixels: Tensor, data: Data) -> np.ndarray:
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (data.mean, data.std))
-    return ((pixels.contiguous().float() / 255 - mean) / std).numpy()
+    return normalised(pixels.contiguous().float() / 255, data).numpy()
 
 
 def _rank(calibration: Calibration, data: Data) -> Ranking:
@@ -218,14 +216,7 @@ def _keep(
 ) -> Quantised:
     """Pass a graph through the gate, beside the float one."""
     images, size = validation(data), made.ByteSize()
-    meta = Meta(
-        classes=source.classes or data.classes,
-        input_size=data.input_size,
-        mean=images.mean,
-        std=images.std,
-        normalised=False,
-        provenance=provenance(source) | {to: how},
-    )
+    meta = described(source, data, made={to: how})
     kept = keep(made, path, source=_answers(proto), images=images, meta=meta, floor=0, tolerance=None, most_lost=floor)
     return Quantised(
         path=path,

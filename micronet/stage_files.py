@@ -1,6 +1,7 @@
 """What a stage leaves in its folder beside its network: measured rows, plots, an ONNX file; each read from its file."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,22 +77,14 @@ def keep_onnx(made: "OnnxFile", bundle: Bundle, data: Data, place: Path, *, test
     """
     import onnx
 
-    from micronet.deploy import keep, provenance
+    from micronet.deploy import described, keep
     from micronet.measure import OnnxModule
     from micronet.model_source import of_bundle
-    from micronet.onnx_meta import Meta
     from micronet.quantize import validation
 
     file = place / made.name
-    source = of_bundle(bundle, made.name)
-    meta = Meta(
-        classes=bundle.classes,
-        input_size=bundle.input_size,
-        mean=bundle.mean,
-        std=bundle.std,
-        normalised=False,
-        provenance=provenance(source) | {"made": made.how},
-    )
+    seen = replace(data, mean=bundle.mean, std=bundle.std)
+    meta = described(of_bundle(bundle, made.name), seen, made={"made": made.how})
     proto, images = onnx.load_from_string(made.content), validation(data)
     # The callback has compared accuracies already, by its own floor.
     keep(proto, file, source=bundle.model.eval(), images=images, meta=meta, floor=0, tolerance=None)

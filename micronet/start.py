@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from callbacks.distill import alike
 from callbacks.torch_masks import take_masks
 from micronet import bundle as bundles
 from micronet.bundle import Bundle
@@ -102,15 +103,11 @@ def check_suits(bundle: Bundle, data: Data, name: str) -> None:
             f"{name}: its classes ({_some(bundle.classes)}) are not those of {data.name} ({_some(data.classes)}), "
             "in this order"
         )
-    if not _near(bundle.mean, data.mean) or not _near(bundle.std, data.std):
+    if not alike(bundle.mean, data.mean) or not alike(bundle.std, data.std):
         raise MicronetError(
             f"{name}: normalises images with mean {bundle.mean}, std {bundle.std}, {data.name} with mean {data.mean}, "
             f"std {data.std}"
         )
-
-
-def _near(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return len(a) == len(b) and all(abs(x - y) < 1e-4 for x, y in zip(a, b, strict=True))
 
 
 def _some(names: tuple[str, ...]) -> str:

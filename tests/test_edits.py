@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from counting import Run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pruning import cut
@@ -56,19 +57,6 @@ def macs(model, size=SIZE):
 def classes(model, images):
     with torch.no_grad():
         return model(images).argmax(1)
-
-
-class Run(nn.Module):
-    """A module whose forward is a function of it and the image."""
-
-    def __init__(self, forward, **children):
-        super().__init__()
-        self.run = forward
-        for name, child in children.items():
-            setattr(self, name, child)
-
-    def forward(self, x):
-        return self.run(self, x)
 
 
 EDITS = {

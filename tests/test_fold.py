@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from counting import Run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -21,19 +22,6 @@ from micronet.edits import fold_bn, replay
 from micronet.models import preact_resnet18, resnet20, separable_net
 
 SIZE = (4, 8, 8)
-
-
-class Run(nn.Module):
-    """A module whose forward is a function of it and the image."""
-
-    def __init__(self, forward, **children):
-        super().__init__()
-        self.run = forward
-        for name, child in children.items():
-            setattr(self, name, child)
-
-    def forward(self, x):
-        return self.run(self, x)
 
 
 def lively(model, seed=0):
