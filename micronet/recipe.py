@@ -216,8 +216,8 @@ def parse_option(function: Callable[..., Any], name: str, text: str, where: Any 
     """Turn the text of one option into the value that a function's keyword argument wants.
 
     Args:
-        function: its signature names the arguments, their annotations the types: int, float, bool, str, Literal, and
-            these or None.
+        function: its signature names the arguments, their annotations the types: int, float, bool, str, Path, Literal,
+            and these or None.
         name: of the argument.
         text: of the value.
         where: named in errors.
@@ -252,13 +252,15 @@ def _parse(kind: Any, text: str) -> tuple[bool, Any]:
             return True, kind(text)
         except ValueError:
             return False, None
+    if kind is Path:
+        return bool(text), Path(text)
     return kind is str, text
 
 
 def _describe_kind(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(str(value) for value in typing.get_args(kind))
-    words = {int: "a whole number", float: "a number", bool: "true or false", type(None): "none", str: "text"}
+    words = {int: "a whole number", float: "a number", bool: "true or false", type(None): "none", str: "text", Path: "a file"}
     return words.get(kind, f"a {kind} (which the command line can't give)")
 
 

@@ -26,32 +26,38 @@ BASE = Path(__file__).parents[1] / "tests" / "data" / "resnet20_cifar10.pth"
 
 def recipe(
     *,
+    base: Path = BASE,
     macs: float = 0.3,
     sparsity: float = 0.6,
-    epochs: int = 5,
+    prune_epochs: int = 3,
+    sparse_epochs: int = 4,
     lr: float = 0.05,
     smoke: bool = False,
 ) -> Recipe:
     """Prune, then sparsify the committed ResNet-20, which teaches throughout.
 
     Args:
+        base: the network to begin with, a model.pth.
         macs: share of the multiply-accumulates that goes with the channels, in (0, 1).
         sparsity: share of the weights left that is zero at the end, in [0, 1).
-        epochs: of each of the two trainings.
+        prune_epochs: of training after the cut.
+        sparse_epochs: of training while the zeros come, and after.
         lr: their largest learning rate.
         smoke: one epoch each.
     """
     six = partial(swap_activation, old=nn.ReLU, new=nn.ReLU6)
-    taught = partial(distill_from, BASE, temperature=4.0, weight=0.7)
+    taught = partial(distill_from, base, temperature=4.0, weight=0.7)
     cut = partial(PruneChannels, macs=macs, importance="l1", scope="local", schedule=OneShot())
     masked = partial(Sparsify, sparsity, schedule=Cubic(end=0.5))
-    tune = partial(Fit, epochs=1 if smoke else epochs, lr=lr, opt=sgd(), wd=5e-4, ema=0.999, keep="last")
+    if smoke:
+        prune_epochs = sparse_epochs = 1
+    tune = partial(Fit, lr=lr, opt=sgd(), wd=5e-4, ema=0.999, keep="last")
     return Recipe(
         data=partial(cifar10, batch_size=64, valid=0.02, augment=Augment(crop=4, flip=0.5)),
-        model=BASE,
+        model=base,
         stages=(
             Fit("base", epochs=0),
-            tune("pruned", edit=(six,), cbs=(cut, taught)),
-            tune("sparse", cbs=(masked, taught)),
+            tune("pruned", epochs=prune_epochs, edit=(six,), cbs=(cut, taught)),
+            tune("sparse", epochs=sparse_epochs, cbs=(masked, taught)),
         ),
     )

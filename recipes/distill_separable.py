@@ -24,6 +24,7 @@ TEACHER = Path(__file__).parents[1] / "tests" / "data" / "resnet20_cifar10.pth"
 
 def recipe(
     *,
+    teacher: Path = TEACHER,
     epochs: int = 10,
     lr: float = 0.1,
     temperature: float = 20.0,
@@ -33,13 +34,14 @@ def recipe(
     """Train the separable network with soft targets.
 
     Args:
+        teacher: a model.pth, trained on the same classes.
         epochs: passes over the training images.
         lr: largest learning rate.
         temperature: divides the logits of both networks before the softmax.
         weight: share of the teacher's loss; 0 leaves the teacher out.
         smoke: one epoch.
     """
-    taught = (partial(distill_from, TEACHER, temperature=temperature, weight=weight),) if weight else ()
+    taught = (partial(distill_from, teacher, temperature=temperature, weight=weight),) if weight else ()
     return Recipe(
         data=partial(cifar10, batch_size=128, valid=0.02, augment=Augment(crop=4, flip=0.5)),
         model=separable_net,

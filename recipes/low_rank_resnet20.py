@@ -23,6 +23,7 @@ BASE = Path(__file__).parents[1] / "tests" / "data" / "resnet20_cifar10.pth"
 
 def recipe(
     *,
+    base: Path = BASE,
     method: Literal["spatial_svd", "tucker2"] = "spatial_svd",
     macs: float = 0.5,
     epochs: int = 8,
@@ -32,6 +33,7 @@ def recipe(
     """Factor the committed ResNet-20, and fine-tune.
 
     Args:
+        base: the network to begin with, a model.pth.
         method: how a k x k convolution is split.
         macs: share of the multiply-accumulates that goes, in (0, 1).
         epochs: of fine-tuning.
@@ -51,6 +53,6 @@ def recipe(
     )
     return Recipe(
         data=partial(cifar10, batch_size=64, valid=0.02, augment=Augment(crop=4, flip=0.5)),
-        model=BASE,
+        model=base,
         stages=(Fit("base", epochs=0), factored),
     )

@@ -26,18 +26,20 @@ BASE = Path(__file__).parents[1] / "tests" / "data" / "resnet20_cifar10.pth"
 
 def recipe(
     *,
+    base: Path = BASE,
     params: int = 198_309,
     importance: Literal["l1", "l2", "mean_abs", "fpgm", "random"] = "l1",
     scope: Literal["local", "global"] = "local",
     rounds: int = 1,
     weight: float = 0.7,
-    epochs: int = 10,
+    epochs: int = 8,
     lr: float = 0.05,
     smoke: bool = False,
 ) -> Recipe:
     """Prune the committed ResNet-20, and fine-tune.
 
     Args:
+        base: the network to begin with, a model.pth.
         params: how many parameters may be left.
         importance: by what channels are ranked.
         scope: whether every layer loses the same share, or all channels are ranked together.
@@ -49,7 +51,7 @@ def recipe(
     """
     schedule = OneShot() if rounds == 1 else Rounds(end=0.75, rounds=rounds)
     cut = partial(PruneChannels, params=params, importance=importance, scope=scope, schedule=schedule)
-    taught = (partial(distill_from, BASE, temperature=4.0, weight=weight),) if weight else ()
+    taught = (partial(distill_from, base, temperature=4.0, weight=weight),) if weight else ()
     pruned = Fit(
         "pruned",
         epochs=1 if smoke else epochs,
@@ -62,6 +64,6 @@ def recipe(
     )
     return Recipe(
         data=partial(cifar10, batch_size=64, valid=0.02, augment=Augment(crop=4, flip=0.5)),
-        model=BASE,
+        model=base,
         stages=(Fit("base", epochs=0), pruned),
     )

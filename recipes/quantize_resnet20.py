@@ -20,6 +20,7 @@ BASE = Path(__file__).parents[1] / "tests" / "data" / "resnet20_cifar10.pth"
 
 def recipe(
     *,
+    base: Path = BASE,
     weight_bits: int = 4,
     act_bits: int = 4,
     first_last_bits: int = 8,
@@ -31,6 +32,7 @@ def recipe(
     """Train the committed ResNet-20 on with quantised weights and activations.
 
     Args:
+        base: the network to begin with, a model.pth.
         weight_bits: width of the weights, 2 to 8.
         act_bits: width of the layers' inputs, 2 to 8.
         first_last_bits: width of both in the first and the last layer.
@@ -53,6 +55,6 @@ def recipe(
     )
     return Recipe(
         data=partial(cifar10, batch_size=64, valid=0.02, augment=Augment(crop=4, flip=0.5)),
-        model=BASE,
+        model=base,
         stages=(Fit("base", epochs=0), trained),
     )

@@ -25,6 +25,7 @@ ACTIVATIONS = {"relu6": nn.ReLU6, "hardswish": nn.Hardswish, "silu": nn.SiLU}
 
 def recipe(
     *,
+    base: Path = BASE,
     activation: Literal["relu6", "hardswish", "silu", "relu"] = "relu6",
     epochs: int = 8,
     lr: float = 0.05,
@@ -33,6 +34,7 @@ def recipe(
     """Swap the activations of the committed ResNet-20, and fine-tune.
 
     Args:
+        base: the network to begin with, a model.pth.
         activation: what takes ReLU's place; relu swaps nothing, and shows what the training alone does.
         epochs: of fine-tuning.
         lr: its largest learning rate.
@@ -42,6 +44,6 @@ def recipe(
     tune = partial(Fit, lr=lr, opt=sgd(), wd=5e-4, ema=0.999, keep="last", label_smoothing=0.1)
     return Recipe(
         data=partial(cifar10, batch_size=64, valid=0.02, augment=Augment(crop=4, flip=0.5)),
-        model=BASE,
+        model=base,
         stages=(Fit("base", epochs=0), tune(activation, epochs=1 if smoke else epochs, edit=edit)),
     )

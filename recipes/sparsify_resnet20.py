@@ -25,6 +25,7 @@ BASE = Path(__file__).parents[1] / "tests" / "data" / "resnet20_cifar10.pth"
 
 def recipe(
     *,
+    base: Path = BASE,
     sparsity: float = 0.6,
     epochs: int = 8,
     lr: float = 0.05,
@@ -34,6 +35,7 @@ def recipe(
     """Mask weights of the committed ResNet-20 while it is fine-tuned.
 
     Args:
+        base: the network to begin with, a model.pth.
         sparsity: share of the weights that is zero at the end, in [0, 1).
         epochs: of fine-tuning; the ramp takes the first half of them.
         lr: the largest learning rate.
@@ -54,6 +56,6 @@ def recipe(
     )
     return Recipe(
         data=partial(cifar10, batch_size=64, valid=0.02, augment=Augment(crop=4, flip=0.5)),
-        model=BASE,
+        model=base,
         stages=(Fit("base", epochs=0), sparse),
     )

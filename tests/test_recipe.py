@@ -65,6 +65,7 @@ def options(
     o: int | None = None,
     t: str | None = None,
     v: Literal["x"] | None = None,
+    p: Path = Path("a.pth"),
     smoke=False,
 ):
     """Stand-in for a recipe's signature."""
@@ -75,6 +76,7 @@ def options(
     [
         ("n", "30", 30),
         ("t", "none", None),
+        ("p", "runs/b/model.pth", Path("runs/b/model.pth")),
         ("t", "some", "some"),
         ("v", "x", "x"),
         ("v", "none", None),
@@ -94,9 +96,10 @@ def test_options_become_what_the_annotation_says(name, text, value):
     ("name", "text", "says"),
     [("n", "1.5", "a whole number"), ("f", "x", "a number"), ("b", "maybe", "true or false"), ("w", "z", "one of x, y")]
     + [
-        ("m", "1", "no option 'm'; it has n, f, b, w, o, t, v"),
+        ("m", "1", "no option 'm'; it has n, f, b, w, o, t, v, p"),
         ("smoke", "true", "no option"),
         ("o", "q", "whole number or none"),
+        ("p", "", "a file"),
     ],
 )
 def test_wrong_options_say_what_is_allowed(name, text, says):
