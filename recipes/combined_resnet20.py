@@ -30,7 +30,7 @@ def recipe(
     macs: float = 0.3,
     sparsity: float = 0.6,
     prune_epochs: int = 3,
-    sparse_epochs: int = 4,
+    sparse_epochs: int = 3,
     lr: float = 0.05,
     smoke: bool = False,
 ) -> Recipe:
