@@ -260,7 +260,8 @@ def _parse(kind: Any, text: str) -> tuple[bool, Any]:
 def _describe_kind(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(str(value) for value in typing.get_args(kind))
-    words = {int: "a whole number", float: "a number", bool: "true or false", type(None): "none", str: "text", Path: "a file"}
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a file"}
+    words[type(None)] = "none"
     return words.get(kind, f"a {kind} (which the command line can't give)")
 
 
