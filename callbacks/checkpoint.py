@@ -26,6 +26,11 @@ from callbacks.protocol import all_settled, having
 from callbacks.saving import plain, write_atomically
 from callbacks.widths import Widths, narrower, set_widths, widths
 
+# What every checkpoint holds.
+KEPT = frozenset(
+    ("epoch", "model", "widths", "optimizer", "smooth_loss", "lrs", "losses", "data_epoch", "random", "callbacks")
+)
+
 
 def random_state() -> dict[str, Any]:
     """The state of torch's, CUDA's, numpy's and Python's global random number generators, as plain values."""

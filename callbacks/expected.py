@@ -112,16 +112,8 @@ def follow(before: Expected, change: Expected) -> Expected:
     if bits and change.ratio:
         raise ValueError(f"channels are removed (ratio {change.ratio:g}) after quantising to {bits} bits: prune first")
     part = before.partial or change.partial  # which layers' zeros these are is not compared
-    if bits and (change.sparsity or 0) > (before.sparsity or 0):
-        raise ValueError(
-            f"weights are masked (sparsity {change.sparsity:g}) after quantising to {bits} bits: mask first"
-        )
     if change.sparsity is not None and change.sparsity < (before.sparsity or 0) and not part:
         raise ValueError(f"sparsity {change.sparsity:g} is asked where an earlier fit left {before.sparsity:g}")
-    for name in ("weight_bits", "act_bits"):
-        now, then = getattr(change, name), getattr(before, name)
-        if now is not None and then is not None and now > then:
-            raise ValueError(f"{name} {now} is asked where an earlier fit left {then}: no bit comes back")
     new = {name: getattr(change, name) for name in ("sparsity", "weight_bits", "act_bits")}
     kept = {name: getattr(before, name) if value is None else value for name, value in new.items()}
     if part and kept["sparsity"] is not None:  # at least the zeros of the one or the other

@@ -1,6 +1,6 @@
 """A quantised ONNX graph made ready for onnxruntime's integer kernels: what lies between its layers in 8 bits, too.
 
-What: onnxruntime runs a convolution on integers where input, weights, bias and output are all codes. A layer's input
+What: onnxruntime runs a layer on integers where input, weights, bias and output are all codes. A layer's input
 and weights are, in a network from `quant_onnx.py`. `integer_kernels` brings biases to whole units of the products, and
 puts a quantiser of 8 bits behind every layer whose output is not quantised right away, as before a residual sum, and
 behind the sums; their ranges are measured on images. What a concatenation puts in front of a BatchNorm stays as it is,
@@ -22,6 +22,7 @@ from callbacks.onnx_run import open_session
 LAYERS = ("Conv", "Gemm", "MatMul")
 ACTIVATIONS = ("Relu", "Clip")  # a runtime leaves them out where the codes' range does the same
 SUMS = ("Add",)
+PACKED = "MatMulNBits"  # has codes of 4 bits for weights, and real numbers for all else
 BATCH = 64
 
 
@@ -104,19 +105,56 @@ def integer_kernels(proto: Any, images: Any) -> Any:
 
     changed = onnx.ModelProto()
     changed.CopyFrom(proto)
+    _cut_codes(_Graph(changed))
     graph = _Graph(changed)
     layers = graph.layers()
-    if not layers:
+    if not layers and not any(node.op_type == PACKED for node in changed.graph.node):
         raise ValueError("no layer of the graph computes on codes: export a quantised network")
     between = _between(graph, layers)
     ranges = measure(proto, between, np.asarray(images, dtype=np.float32))
     for layer in layers:
         _whole_bias(graph, layer)
+        _zero_points(graph, layer)
     _unsign(graph)
     for name in between:
         _quantise(graph, name, *ranges[name])
     _sort(changed.graph)
     return changed
+
+
+def _cut_codes(graph: _Graph) -> None:
+    """Let a Clip in front of a quantiser, as of ReLU6, cut the codes instead: the same, as rounding keeps the order.
+
+    onnxruntime leaves it in float otherwise, and the layer before it, too, where codes reach further than it.
+    """
+    from onnx import helper
+
+    for clip in [node for node in graph.graph.node if node.op_type == "Clip"]:
+        (name,), ends = clip.output, [*clip.input[1:], "", ""][:2]
+        readers = graph.readers.get(name, [])
+        alone = len(readers) == 1 and readers[0].op_type == "QuantizeLinear" and name not in graph.results
+        if not alone or any(end and end not in graph.arrays for end in ends):
+            continue
+        rounds = readers[0]
+        (codes,), step = rounds.output, graph.arrays[rounds.input[1]]
+        kind = graph.arrays[rounds.input[2]].dtype  # zero points are 0 here
+        whole = np.iinfo(kind).min, np.iinfo(kind).max
+        after = graph.readers[codes]
+        cut = after[0] if len(after) == 1 and after[0].op_type == "Clip" else None
+        low, high = whole if cut is None else (int(graph.arrays[end]) for end in cut.input[1:])
+        low = max(low, int(np.rint(graph.arrays[ends[0]] / step))) if ends[0] else low
+        high = min(high, int(np.rint(graph.arrays[ends[1]] / step))) if ends[1] else high
+        rounds.input[0] = clip.input[0]
+        graph.graph.node.remove(clip)
+        if cut is None and (low, high) == whole:
+            continue
+        kept = [graph.enter(np.array(end, kind), f"{codes}/end") for end in (low, high)]
+        if cut is not None:
+            cut.input[1:] = kept
+            continue
+        for reader in after:
+            reader.input[:] = [f"{codes}/cut" if given == codes else given for given in reader.input]
+        graph.graph.node.append(helper.make_node("Clip", [codes, *kept], [f"{codes}/cut"]))
 
 
 def _between(graph: _Graph, layers: Sequence[Any]) -> list[str]:
@@ -170,6 +208,14 @@ def _whole_bias(graph: _Graph, layer: Any) -> None:
     real = f"{codes}/real"
     graph.graph.node.append(helper.make_node("DequantizeLinear", [codes, scale], [real], axis=0))
     layer.input[2] = real
+
+
+def _zero_points(graph: _Graph, layer: Any) -> None:
+    """Give a linear layer's weights zero points of 0: without, onnxruntime makes them real whenever it runs."""
+    weight = graph.makers[layer.input[1]]
+    if layer.op_type == "Gemm" and len(weight.input) == 2 and weight.input[0] in graph.arrays:
+        zeros = np.zeros_like(graph.arrays[weight.input[1]], dtype=np.int8)
+        weight.input.append(graph.enter(zeros, f"{weight.input[0]}_zero_point"))
 
 
 def _unsign(graph: _Graph) -> None:

@@ -1,11 +1,39 @@
 """An ONNX graph in memory, run by onnxruntime on the CPU."""
 
+import tempfile
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 Run = Callable[[np.ndarray], list[np.ndarray]]
+
+_INTEGER_CONVS = ("QLinearConv", "ConvInteger")
+_FLOAT_CONVS = ("Conv", "FusedConv")
+_INTEGER_PRODUCTS = ("QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat")
+_FLOAT_PRODUCTS = ("Gemm", "FusedGemm", "MatMul", "FusedMatMul")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """What onnxruntime computes the layers of a graph with, counted after its rewriting.
+
+    Args:
+        convs: convolutions.
+        integer_convs: of these, computed with integers.
+        products: matrix products, those of linear layers among them.
+        integer_products: of these, computed with integers.
+        packed_products: of these, computed with weights that are read as 4 bits (MatMulNBits).
+    """
+
+    convs: int
+    integer_convs: int
+    products: int
+    integer_products: int
+    packed_products: int
 
 
 def open_session(proto: Any, *, plain: bool = False, threads: int = 0) -> Run:
@@ -39,3 +67,32 @@ def logits(proto: Any, images: np.ndarray, batch: int = 64) -> np.ndarray:
     run = open_session(proto)
     parts = (np.ascontiguousarray(images[start : start + batch]) for start in range(0, len(images), batch))
     return np.concatenate([run(part)[0] for part in parts])
+
+
+def kernels(proto: Any) -> Kernels:
+    """Have onnxruntime rewrite a graph for this CPU, and count what it runs.
+
+    Args:
+        proto: an `onnx.ModelProto`.
+    """
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = str(Path(folder) / "rewritten.onnx")
+        onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        found = Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+
+    def number(*names: str) -> int:
+        return sum(found[name] for name in names)
+
+    integer, packed = number(*_INTEGER_PRODUCTS), number("MatMulNBits")
+    return Kernels(
+        convs=number(*_INTEGER_CONVS, *_FLOAT_CONVS),
+        integer_convs=number(*_INTEGER_CONVS),
+        products=integer + packed + number(*_FLOAT_PRODUCTS),
+        integer_products=integer,
+        packed_products=packed,
+    )

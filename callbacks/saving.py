@@ -8,6 +8,7 @@ Source: Python's documentation of `os.replace`: the renaming is atomic, as POSIX
 
 import io
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,8 +41,9 @@ def whole_or_absent(path: str | Path) -> Iterator[Path]:
         path: the file; its folder must exist.
     """
     path = Path(path)
-    # Hidden, with ".tmp." in the name: what a kill leaves can be told from files, and swept.
-    beside = path.with_name(f".{os.getpid()}.tmp.{path.name}")
+    # Hidden, with ".tmp." in the name: what a kill leaves can be told from files, and swept. Two processes can have the
+    # same number: in two containers, or one after the other.
+    beside = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp.{path.name}")
     try:
         yield beside
         with beside.open("rb+") as file:

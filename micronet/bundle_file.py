@@ -1,5 +1,6 @@
 """Reading `model.pth` without running any code of it, and checking that its fields are what a bundle's are."""
 
+import io
 import math
 import pickle
 import zipfile
@@ -10,18 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from micronet.decode import MOST_SIDE
 from micronet.errors import MicronetError, first_line
 from micronet.factories import is_plain
 from micronet.minmax8 import decode
 
 FORMAT = "micronet"
 VERSION = 2  # files with weights of 8 bits; without them a file is of version 1, for readers of that
+MOST_VALUES = 1_000_000  # texts, numbers and containers in a file; a list that lies in two others counts twice
+MOST_SHARED = 64  # times as large as what is stored the tensors may be that share it
 
 
 def is_bundle(path: str | Path) -> bool:
     """Whether a file is a bundle, whole or not."""
     try:
-        return zipfile.is_zipfile(path) and torch.load(path, map_location="cpu", weights_only=True)["format"] == FORMAT
+        content = torch.load(copied_archive(Path(path)), map_location="cpu", weights_only=True)
+        return content["format"] == FORMAT
     except Exception:  # anything else fails in any way
         return False
 
@@ -47,7 +52,9 @@ def read_content(path: Path) -> dict[str, Any]:
             )
         raise MicronetError(f"{path}: not a model file of micronet (model.pth); it begins with {start!r}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(copied_archive(path), map_location="cpu", weights_only=True)
+    except MicronetError:
+        raise
     except pickle.UnpicklingError as error:
         raise MicronetError(
             f"{path}: holds pickled objects, which can run code when read, and was refused; "
@@ -76,6 +83,39 @@ def read_content(path: Path) -> dict[str, Any]:
     return content
 
 
+def copied_archive(path: Path) -> io.BytesIO:
+    """An archive that PyTorch saved, entry by entry in memory: torch's own reader trusts an archive more than it may.
+
+    It would unpack any number of gigabytes, and takes wrong bytes for weights: it looks at no checksum.
+
+    Args:
+        path: the file, a zip archive.
+
+    Raises:
+        MicronetError: its entries are more than the file can hold.
+        Exception: whatever the reading of damaged bytes fails with.
+    """
+    copy = io.BytesIO()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as made:
+        entries = archive.infolist()
+        if not any(entry.filename.endswith("/data.pkl") for entry in entries):
+            raise MicronetError(f"{path}: a zip archive, but not one that PyTorch wrote; name a model.pth")
+        stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+        once = len({entry.filename for entry in entries}) == len(entries)
+        if not (stored and once and sum(entry.file_size for entry in entries) <= path.stat().st_size):
+            raise MicronetError(
+                f"{path}: is packed otherwise than PyTorch does it, and could hold any number of bytes: refused; "
+                "save it again with torch.save"
+            )
+        for entry in entries:
+            content = archive.read(entry)  # which looks at the checksum
+            if entry.filename.endswith("/data.pkl") and b"\nbytearray\n" in content:
+                raise pickle.UnpicklingError("bytearray")  # which PyTorch lets a file make, of any size
+            made.writestr(zipfile.ZipInfo(entry.filename), content)
+    copy.seek(0)
+    return copy
+
+
 def check_fields(content: dict[str, Any], path: Path) -> None:
     """Check that a file's fields are what a bundle's are; what they say may still be wrong.
 
@@ -86,6 +126,8 @@ def check_fields(content: dict[str, Any], path: Path) -> None:
     Raises:
         MicronetError: they are not.
     """
+    if not _is_countable(content):
+        raise MicronetError(f"{path}: damaged: its fields hold themselves, or more than any file does; make it again")
     kinds = {
         "factory": str,
         "kwargs": dict,
@@ -107,10 +149,11 @@ def check_fields(content: dict[str, Any], path: Path) -> None:
         and all(isinstance(edit, dict) for edit in content.get("edits", []))
         and all(isinstance(table, dict) for table in content.get("widths", {}).values())
         and all(_is_whole(value) for value in [*content["state"].values(), *content.get("masks", {}).values()])
+        and _is_stored([*content["state"].values(), *content.get("masks", {}).values()])
         and all(isinstance(name, str) for name in [*content["classes"], *content["state"]])
         and all(isinstance(row, dict) for row in content["history"])
         and len(size) == 3
-        and all(type(n) is int and 0 < n < 100_000 for n in size)
+        and all(type(n) is int and 0 < n <= MOST_SIDE for n in size)
         and len(content["mean"]) == len(content["std"]) == size[0]
         and all(isinstance(n, float) and math.isfinite(n) for n in numbers)
         and min(content["std"]) > 0
@@ -133,6 +176,25 @@ def _is_whole(value: Any) -> bool:
     """Whether a file holds every element of a tensor: a hostile one can claim any shape for none, or for one."""
     dense = isinstance(value, Tensor) and value.layout == torch.strided
     return dense and value.device.type == "cpu" and value.is_contiguous()
+
+
+def _is_stored(tensors: list[Tensor]) -> bool:
+    """Whether tensors are about as large as what a file stores of them: any number of them can share the same bytes."""
+    stored = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in tensors}
+    return sum(value.nbytes for value in tensors) <= MOST_SHARED * sum(stored.values())
+
+
+def _is_countable(content: Any) -> bool:
+    """Whether a walk through all containers comes to an end soon: they can lie in each other, in many places each."""
+    left, count = [content], 0
+    while left and count <= MOST_VALUES:
+        value = left.pop()
+        count += 1
+        if isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list | tuple):
+            left += value
+    return not left
 
 
 def packed_mask(mask: Tensor) -> Tensor:

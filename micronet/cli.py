@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from micronet import __version__
+from micronet.cli_bench import bench
 from micronet.cli_export import export
 from micronet.cli_options import (
     Command,
@@ -20,6 +21,7 @@ from micronet.cli_options import (
     Seed,
     Settings,
     check_device,
+    ended_as_by_ctrl_c,
     find_users_factory,
     make_console,
     parse_settings,
@@ -28,11 +30,11 @@ from micronet.cli_options import (
 )
 from micronet.cli_pack import pack, unpack
 from micronet.cli_plan import plan
-from micronet.cli_predict import predict
+from micronet.cli_predict import predict, printable
 from micronet.cli_quantize import quantize
 from micronet.cli_score import score
 from micronet.cli_sensitivity import sensitivity
-from micronet.errors import MicronetError
+from micronet.errors import MicronetError, first_line
 
 app = typer.Typer(
     cls=Group,
@@ -55,17 +57,19 @@ def main() -> None:
     # fastai decorates two functions with it at import; nothing that the user can do.
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
     try:
-        app()
+        with ended_as_by_ctrl_c():
+            app()
     except MicronetError as error:
-        print(f"micronet: {error}", file=sys.stderr)
-        sys.exit(1)
+        _fail(str(error))
     except OSError as error:  # a full disk, a folder that is not ours to write
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"micronet: {where}{error.strerror or error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("\nmicronet: interrupted", file=sys.stderr)
-        sys.exit(130)
+        _fail((f"{error.filename}: " if error.filename else "") + (error.strerror or str(error)))
+    except MemoryError as error:
+        _fail(f"not enough memory ({first_line(error)})")
+
+
+def _fail(told: str) -> None:
+    print(f"micronet: {printable(' '.join(told.splitlines()))}", file=sys.stderr)
+    sys.exit(1)
 
 
 def _print_version(asked: bool) -> None:
@@ -143,11 +147,14 @@ app.command(cls=Command)(predict)
 app.command(cls=Command)(quantize)
 app.command(cls=Command)(pack)
 app.command(cls=Command)(unpack)
+app.command(cls=Command)(bench)
 
 
 @app.command(cls=Command)
 def evaluate(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model.pth or an ONNX file.", show_default=False)],
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A model.pth, a packed file or an ONNX file.", show_default=False)
+    ],
     data: Annotated[str, typer.Option(help="digits, cifar10, cifar100, or the path of an image folder.")],
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
     out: Annotated[

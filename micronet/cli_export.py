@@ -13,12 +13,16 @@ from micronet.errors import MicronetError
 if TYPE_CHECKING:
     from micronet.data import Data
     from micronet.deploy import Kept
+    from micronet.export_quantised import Exported, Stored
     from micronet.model_source import ModelSource
 
 
 def export(
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A model.pth; a state dict with --arch.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="A model.pth or a packed file; a state dict with --arch.", show_default=False
+        ),
     ],
     out: Annotated[
         Path | None,
@@ -31,6 +35,14 @@ def export(
             help="Normalise inside the graph: it takes RGB from 0 to 1. Else mean and std are yours to do.",
         ),
     ] = False,
+    int4: Annotated[
+        bool,
+        typer.Option(
+            "--int4",
+            help="Quantised layers: store codes of 4 bits and fewer in 4. onnxruntime computes such convolutions in "
+            "float: the file is smaller, and several times slower.",
+        ),
+    ] = False,
     data: Annotated[
         str | None,
         typer.Option(
@@ -39,22 +51,39 @@ def export(
             "[default: those that MODEL was trained on]",
         ),
     ] = None,
-    images: Annotated[int, typer.Option(min=1, help="How many: of validation first, then of training.")] = 1000,
+    images: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="How many: of validation first, then of training. [default: 1000; all of validation where layers are "
+            "quantised]",
+        ),
+    ] = None,
     floor: Annotated[
-        float, typer.Option(min=0, max=1, metavar="SHARE", help="Least share of them that keep their class.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            metavar="SHARE",
+            help="Least share of them that keep their class. [default: 1; where layers are quantised any, if at most 1 "
+            "point of top-1 is lost]",
+        ),
+    ] = None,
     data_dir: DataPlace = None,
     input_size: InputSize = None,
     arch: Arch = None,
     factory: Factory = None,
     trust: Trust = False,
 ) -> None:
-    """Write a network as one ONNX file, float32, and keep it only where it answers as MODEL does.
+    """Write a network as one ONNX file, and keep it only where it answers as MODEL does.
 
     BatchNorm is folded, any number of images can be given at a time, and the file says what its classes are, how images
     are normalised, what it scores and where it came from; no paths. It is read again by onnxruntime: on real images the
     logits must be those of MODEL up to a relative error of 1e-4, with the same class on all. The test images are not
     looked at.
+
+    A network that QuantAware trained is written as codes of 8 bits for onnxruntime's integer kernels, whatever its
+    widths; what lies between its layers is rounded to 8 bits, too. So that file may lose a point of top-1 (--floor).
 
     Example: `micronet export runs/resnet20_cifar10/model.pth -o resnet20.onnx --normalise`
     """
@@ -76,12 +105,28 @@ def export(
         raise MicronetError(
             f"{model}: is no network with weights; export takes a model.pth, or a state dict and --arch"
         )
-    from micronet.deploy import export as write
+    from callbacks.fake_quantize import quantised_layers
 
+    quantised = bool(quantised_layers(source.module))
+    if int4 and not quantised:
+        raise MicronetError(
+            f"{model}: --int4 is for layers that QuantAware trained, and none of its layers is quantised; "
+            "`micronet quantize` makes it int8"
+        )
     chosen = _real(source, model, data)
-    kept = write(source, file, chosen, normalise=normalise, number=images, floor=floor)
+    if quantised:
+        from micronet.export_quantised import export_quantised
+
+        made = export_quantised(source, file, chosen, int4=int4, normalise=normalise, number=images, floor=floor)
+        lines = [*_lines(made.kept, source, chosen), *_quantised_lines(made)]
+    else:
+        from micronet.deploy import export as write
+
+        share = 1.0 if floor is None else floor
+        kept = write(source, file, chosen, normalise=normalise, number=images or 1000, floor=share)
+        lines = _lines(kept, source, chosen)
     console = make_console()
-    for line in _lines(kept, source, chosen):
+    for line in lines:
         console.print(line, highlight=False, markup=False)
 
 
@@ -129,3 +174,35 @@ def _lines(kept: "Kept", source: "ModelSource", data: "Data") -> list[str]:
             f"{zeros:,} zeros are stored as numbers: an ONNX file of a sparse network is no smaller, no faster"
         )
     return lines
+
+
+def _quantised_lines(made: "Exported") -> list[str]:
+    """What a file of codes holds, what it costs, and what onnxruntime makes of it."""
+    run, before, after = made.kernels, made.before, made.after
+    lines = [
+        f"weights: {_widths(before)} in MODEL, {_widths(after)} in the file; storage by its own ledger "
+        f"{after.words:,.0f} words, MODEL's {before.words:,.0f}"
+    ]
+    if after.widths == before.widths and after.words < before.words:
+        lines.append("an ONNX file names no masks: its ledger takes a layer for sparse where that is smaller")
+    kinds = [f"{run.integer_convs} of {run.convs} convolutions with integers"] if run.convs else []
+    if run.products:
+        packed = f", {run.packed_products} on weights of 4 bits (MatMulNBits)" if run.packed_products else ""
+        kinds.append(f"{run.integer_products} of {run.products} matrix products with integers{packed}")
+    lines.append(f"onnxruntime computes {'; '.join(kinds)}")
+    if made.int4:
+        lines.append(
+            "convolutions of 4-bit codes it computes in float, made real whenever it runs: a smaller file than without "
+            "--int4, and several times slower"
+        )
+    elif sum(before.widths.values()) - before.widths.get(8, 0) > run.packed_products:
+        lines.append(
+            "narrower codes of convolutions are stored in 8 bits, as integer kernels take them, and counted so; --int4 "
+            "stores 4 bits, and is several times slower"
+        )
+    return lines
+
+
+def _widths(stored: "Stored") -> str:
+    parts = [f"{count} layer{'s' if count > 1 else ''} of {bits} bits" for bits, count in stored.widths.items()]
+    return ", ".join(parts)

@@ -13,7 +13,10 @@ from micronet.errors import MicronetError
 
 def predict(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A model.pth, or an ONNX file of ours.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A model.pth, a packed file, or an ONNX file of ours.", show_default=False
+        ),
     ],
     images: Annotated[
         list[Path], typer.Argument(metavar="IMAGE...", help="Image files of any size and mode.", show_default=False)
@@ -41,7 +44,7 @@ def predict(
         except MicronetError as error:
             failed = True
             told.append({"image": str(path), "error": str(error)})
-            print(f"micronet: {error}", file=sys.stderr)
+            print(f"micronet: {printable(str(error))}", file=sys.stderr)
             continue
         told.append({"image": str(path), "top": [asdict(answer) for answer in answers]})
         if not json:

@@ -19,7 +19,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A model.pth, an ONNX file, timm:NAME, torchvision:NAME or micronet:NAME; a state dict with --arch.",
+        help="A model.pth, a packed file, an ONNX file, timm:NAME, torchvision:NAME or micronet:NAME; a state dict "
+        "with --arch.",
         show_default=False,
     ),
 ]

@@ -9,6 +9,10 @@ from PIL import Image, ImageOps
 
 from micronet.errors import MicronetError, first_line
 
+# What image folders hold. Pillow would have another program draw PostScript, whatever the file's name.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MOST_SIDE = 4096  # pixels of the images that a network takes; a file can say any number, and memory is taken for it
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -61,7 +65,8 @@ def decode(entry: Entry, size: int, exact: bool) -> np.ndarray:
         MicronetError: the file is no image that can be read.
     """
     try:
-        with Image.open(BytesIO(entry.data) if isinstance(entry.data, bytes) else entry.data) as image:
+        source = BytesIO(entry.data) if isinstance(entry.data, bytes) else entry.data
+        with Image.open(source, formats=FORMATS) as image:
             if image.size != (size, size):
                 if exact:
                     raise ValueError(f"it is {image.size[0]}x{image.size[1]} pixels, not {size}x{size}")

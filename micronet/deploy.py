@@ -82,10 +82,6 @@ def export(
     except (ExportError, ValueError) as error:  # TraceError is one, too
         raise MicronetError(f"{source.name}: {first_line(error)}") from error
     check_zeros(proto, source.masks or {}, source.name)
-    classes = source.classes or data.classes
-    logits = proto.graph.output[0].type.tensor_type.shape.dim[-1].dim_value
-    if logits != len(classes):
-        raise MicronetError(f"{source.name}: gives {logits} logits, and there are {len(classes)} classes")
     meta = described(source, data, normalise=normalise)
     return keep(proto, path, source=source.module, images=images, meta=meta, floor=floor, tolerance=TOLERANCE)
 
@@ -174,6 +170,7 @@ def keep(
     """
     with whole_or_absent(path) as beside:
         try:
+            _require_classes(proto, meta)
             _write(proto, beside)
             _check(beside)
             scaled, file = images.scaled(), _answers(beside, images, meta)
@@ -201,6 +198,9 @@ def _write(proto: "ModelProto", path: Path) -> None:
 def _check(path: Path) -> None:
     import onnx
 
+    from micronet.onnx_file import open_onnx
+
+    open_onnx(path)  # which refuses functions that the checker would follow for ever
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -231,6 +231,12 @@ def _require_alone(file: Answers, scaled: Tensor, alike: float) -> None:
         raise MicronetError(
             f"it answers an image alone otherwise than among others (relative error {apart.relative_error:.2g})"
         )
+
+
+def _require_classes(proto: "ModelProto", meta: Meta) -> None:
+    logits = proto.graph.output[0].type.tensor_type.shape.dim[-1].dim_value
+    if logits != len(meta.classes):
+        raise MicronetError(f"gives {logits} logits, and there are {len(meta.classes)} classes")
 
 
 def _require(parity: Parity, images: RealImages, floor: float, tolerance: float | None) -> None:

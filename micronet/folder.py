@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from callbacks.saving import whole_or_absent
-from micronet.errors import MicronetError
+from micronet.errors import MicronetError, first_line
 
 
 def read_rows(folder: str | Path) -> list[dict[str, Any]]:
@@ -17,9 +17,21 @@ def read_rows(folder: str | Path) -> list[dict[str, Any]]:
 
     Args:
         folder: a run folder.
+
+    Raises:
+        MicronetError: a row is damaged.
     """
     places = sorted(Path(folder).glob("*-*/row.json"), key=lambda place: int(place.parent.name.partition("-")[0]))
-    return [json.loads(place.read_text()) for place in places]
+    rows = []
+    for place in places:
+        try:
+            rows.append(dict(json.loads(place.read_text())))
+        except (RecursionError, TypeError, ValueError) as error:
+            told = (
+                f"{place}: damaged ({first_line(error)}); remove it to run the stage again, or start over with --fresh"
+            )
+            raise MicronetError(told) from error
+    return rows
 
 
 def is_begun(folder: str | Path) -> bool:

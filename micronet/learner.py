@@ -1,6 +1,5 @@
 """A `Fit` becomes a fastai Learner, and the Learner's fit."""
 
-import pickle
 import random
 import re
 import tempfile
@@ -20,12 +19,13 @@ from fastai.learner import Learner
 from rich.console import Console
 from torch import Tensor, nn
 
-from callbacks.checkpoint import Checkpoint, EarlyStop, KeepBest
+from callbacks.checkpoint import KEPT, Checkpoint, EarlyStop, KeepBest
 from callbacks.ema import EMA
 from callbacks.expected import declared
 from callbacks.masks import KeepZeros
 from callbacks.precision import Precision, bf16_speeds_up
 from callbacks.schedule import OneCycle
+from micronet.bundle_file import copied_archive
 from micronet.data import Data, loaders
 from micronet.errors import MicronetError
 from micronet.optim import CrossEntropy, decay_groups, metrics
@@ -186,8 +186,11 @@ def _read_checkpoint(file: Path | None) -> dict[str, Any] | None:
     if file is None or not file.exists():
         return None
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        state = torch.load(copied_archive(file), map_location="cpu", weights_only=True)
+        if not (isinstance(state, dict) and type(state.get("epoch")) is int and state.keys() >= KEPT):
+            raise ValueError("it is no checkpoint")
+        return state
+    except Exception as error:  # damaged bytes fail in any way
         raise MicronetError(f"{file}: damaged checkpoint; delete it to begin this stage anew") from error
 
 

@@ -52,3 +52,11 @@ def git_state(folder: str | Path) -> str | None:
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() if result.returncode == 0 else None
+
+
+def busy() -> str | None:
+    """Say that others compute on this machine, which makes every time too long; None where they do not."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load <= cores:
+        return None
+    return f"other work was running (load {load:.1f} on {cores} cores), so that all times are too long: try again later"

@@ -47,7 +47,8 @@ class OnnxModule(nn.Module):
         options.intra_op_num_threads = get_num_threads()
         self.session = open_session(path, options)
         first = self.session.get_inputs()[0]
-        self.input, self.batch = first.name, first.shape[0] if isinstance(first.shape[0], int) else None
+        images = first.shape[0] if first.shape else None
+        self.input, self.batch = first.name, images if isinstance(images, int) and images > 0 else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, C) of images (B, C, H, W); one by one where the file knows one image only."""
@@ -116,8 +117,10 @@ def measure(source: "ModelSource", data: str, split: str, device: Any = None, **
         raise MicronetError(f"{source.name}: its weights are untrained: there is nothing to measure")
     device = pick_device(device if source.path is None else "cpu")
     with no_grad():
-        logits = module.cpu().eval()(zeros(1, *images.input_size)).shape[-1]
-    if logits != len(images.classes):
-        raise MicronetError(f"{source.name}: gives {logits} logits, {data} has {len(images.classes)} classes")
+        shape = tuple(module.cpu().eval()(zeros(2, *images.input_size)).shape)
+    if len(shape) != 2 or shape[0] != 2:
+        raise MicronetError(f"{source.name}: gives {' x '.join(map(str, shape))} numbers for 2 images: no classifier")
+    if shape[1] != len(images.classes):
+        raise MicronetError(f"{source.name}: gives {shape[1]} logits, {data} has {len(images.classes)} classes")
     result = evaluate(module, plain_loader(chosen, images, device=device), device)
     return Measured(result=result, data=images, device=device)

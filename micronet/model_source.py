@@ -1,5 +1,6 @@
 """What can be scored: modules, bundles, ONNX files, named untrained networks, plain state dicts, trusted pickles."""
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike, fspath
@@ -175,8 +176,13 @@ def _torch_load(path: Path, *, weights_only: bool) -> Any:
 
     if not path.is_file():
         raise MicronetError(f"{path}: {'is a folder; name a file in it' if path.is_dir() else 'no such file'}")
+    from micronet.bundle_file import copied_archive
+
     try:
-        return torch.load(path, map_location="cpu", weights_only=weights_only)
+        hostile = weights_only and zipfile.is_zipfile(path)
+        return torch.load(copied_archive(path) if hostile else path, map_location="cpu", weights_only=weights_only)
+    except MicronetError:
+        raise
     except Exception as error:  # damaged bytes fail in any way, and so does what a pickle runs
         raise MicronetError(f"{path}: not a PyTorch file that can be read: {first_line(error)[:160]}") from error
 

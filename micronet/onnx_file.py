@@ -6,21 +6,24 @@ keeps in a second one is read only from its own folder.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx.inliner
-from google.protobuf.message import DecodeError
-from onnx import ModelProto, SparseTensorProto, TensorProto, helper, numpy_helper
+from google.protobuf.message import DecodeError, Message
+from onnx import ModelProto, NodeProto, SparseTensorProto, TensorProto, helper, numpy_helper
 
 from callbacks.graph import Shape
 from micronet.errors import MicronetError, first_line
 
 MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 """What reading goes wrong with where a file says what no exporter writes: inputs missing, text for numbers."""
+
+MOST_NODES, MOST_DEPTH = 100_000, 100
+"""Nodes of a network with its functions written out, and functions within functions: a few bytes can be any number."""
 
 _WIDTHS = {"FLOAT": 32, "DOUBLE": 64, "BOOL": 1, "COMPLEX64": 64, "COMPLEX128": 128}
 
@@ -42,6 +45,7 @@ class OnnxFile:
         tensors: initializers, and what Constant nodes hold, by name.
         sparse: initializers that list their non-zero elements only.
         external: size of each second file that a tensor has named.
+        size: of the file, bytes.
     """
 
     path: Path
@@ -49,6 +53,7 @@ class OnnxFile:
     tensors: dict[str, TensorProto] = field(default_factory=dict)
     sparse: dict[str, SparseTensorProto] = field(default_factory=dict)
     external: dict[str, int] = field(default_factory=dict)
+    size: int = 0
 
     def error(self, message: str) -> MicronetError:
         """The error that this file is at fault for."""
@@ -62,6 +67,8 @@ class OnnxFile:
             place, start = self._place(tensor, name)
             if start + self._bytes(tensor) > self.external[str(place)]:
                 raise self.error(f"{name!r} is cut short in {place.name!r}; copy or export it again")
+        elif math.prod(tensor.dims) > 8 * self.size:  # before anything of that size is made
+            raise self.error(f"{name!r} claims {math.prod(tensor.dims):,} numbers, more than it holds; export it again")
         self.tensors[name] = tensor
 
     def shape(self, name: str) -> Shape:
@@ -141,7 +148,20 @@ def load_proto(path: Path) -> ModelProto:
         raise MicronetError(f"{path}: not an ONNX file, or one cut short; copy or export it again") from error
     if not model.ir_version or not model.graph.output or not model.opset_import:
         raise MicronetError(f"{path}: not an ONNX file, or one without a network; give the path of an ONNX file")
+    if not all(isinstance(text, str) for text in _texts(model)):  # protobuf gives bytes where they are no UTF-8
+        raise MicronetError(f"{path}: damaged: its names are no text; copy or export it again")
     return model
+
+
+def _texts(message: Message) -> Iterator[str | bytes]:
+    """All names and other texts of a message and of those within it."""
+    for field_, value in message.ListFields():
+        parts = [value] if isinstance(value, str | bytes | Message) else value
+        if field_.type == field_.TYPE_STRING:
+            yield from parts
+        elif field_.type == field_.TYPE_MESSAGE:
+            for part in parts:
+                yield from _texts(part)
 
 
 def open_onnx(path: Path) -> OnnxFile:
@@ -154,7 +174,7 @@ def open_onnx(path: Path) -> OnnxFile:
         MicronetError: it is not ONNX, not whole, or keeps data where it must not.
     """
     model = load_proto(path)
-    file = OnnxFile(path, model)
+    file = OnnxFile(path, model, size=path.stat().st_size)
     try:
         for tensor in model.graph.initializer:
             file.enter(tensor, tensor.name)
@@ -165,8 +185,40 @@ def open_onnx(path: Path) -> OnnxFile:
     model.graph.ClearField("initializer")
     model.graph.ClearField("sparse_initializer")
     if model.functions:
+        _check_functions(file)
         try:
             file.model = onnx.inliner.inline_local_functions(model, convert_version=True)
         except Exception as error:  # the C++ code behind it throws whatever it likes
             raise file.error(f"its functions cannot be written out: {first_line(error)}; export it again") from error
     return file
+
+
+def _check_functions(file: OnnxFile) -> None:
+    """Refuse functions that call themselves, which onnx would write out for ever, and those that call too many others.
+
+    Raises:
+        MicronetError: they do.
+    """
+    bodies = {(function.domain, function.name): function.node for function in file.model.functions}
+    sizes: dict[tuple[str, str], int] = {}
+    open_ones: list[tuple[str, str]] = []
+
+    def size(nodes: Iterable[NodeProto]) -> int:
+        total = 0
+        for node in nodes:
+            total += 1 + sum(size(body.node) for a in node.attribute for body in (*a.graphs, a.g))
+            called = (node.domain, node.op_type)
+            if called in open_ones:
+                raise file.error(f"its function {node.op_type!r} calls itself; export it again")
+            if len(open_ones) > MOST_DEPTH:
+                raise file.error("its functions call each other too deep; export it without them")
+            if called in bodies and called not in sizes:
+                open_ones.append(called)
+                sizes[called] = size(bodies[called])
+                open_ones.pop()
+            total += sizes.get(called, 0)
+        if total > MOST_NODES:
+            raise file.error(f"its functions are more than {MOST_NODES:,} nodes written out; export it without them")
+        return total
+
+    size(file.model.graph.node)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from micronet.decode import MOST_SIDE
 from micronet.errors import MicronetError
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def _is_sound(values: Mapping[str, Any]) -> bool:
     return (
         all(isinstance(name, str) for name in values["classes"])
         and len(size) == 3
-        and all(type(n) is int and 0 < n < 100_000 for n in size)
+        and all(type(n) is int and 0 < n <= MOST_SIDE for n in size)
         and len(values["mean"]) == len(values["std"]) == size[0]
         and all(type(n) in (int, float) and abs(n) < 1e30 and math.isfinite(n) for n in numbers)
         and min(values["std"]) > 0

@@ -2,12 +2,16 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from micronet.errors import MicronetError, first_line
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, SessionOptions
+
+FUNCTIONS = 25  # number of the field that holds them
+# Bytes of a field's value by the number of its kind: a varint, which says its own; 8; as many as a varint says; 4.
+_LENGTHS = {0: 0, 1: 8, 2: None, 5: 4}
 
 
 def open_session(path: str | Path, options: "SessionOptions | None" = None) -> "InferenceSession":
@@ -24,12 +28,53 @@ def open_session(path: str | Path, options: "SessionOptions | None" = None) -> "
 
     if not Path(path).is_file():
         raise MicronetError(f"{path}: {'is a folder; name a file in it' if Path(path).is_dir() else 'no such file'}")
+    if _may_have_functions(Path(path)):
+        from micronet.onnx_file import open_onnx
+
+        open_onnx(Path(path))  # which refuses those that onnxruntime would write out for ever, or die of
     options = options or onnxruntime.SessionOptions()
     options.log_severity_level = 4  # its errors come as exceptions, its warnings are about how a graph could be better
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own errors share no class
         raise cannot_run(path, error) from error
+    try:
+        _ = session.get_modelmeta().custom_metadata_map, [(one.name, one.shape) for one in session.get_inputs()]
+    except UnicodeDecodeError as error:
+        raise MicronetError(f"{path}: damaged: its names are no text; copy or export it again") from error
+    if not session.get_inputs() or not session.get_outputs():
+        raise MicronetError(f"{path}: takes no images or gives no answer: not a classifier")
+    return session
+
+
+def _may_have_functions(path: Path) -> bool:
+    """Whether a file defines operators of its own; found out without onnx, which takes its time to import.
+
+    Source: the encoding of protobuf messages; onnx.proto's `ModelProto`, of whose fields only the outermost are read.
+    """
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        while file.tell() < size:
+            key = _varint(file)
+            kind = key & 7
+            if key >> 3 == FUNCTIONS or kind not in _LENGTHS:
+                return True
+            length = _LENGTHS[kind]
+            file.seek(_varint(file) if length is None else length, 1)
+            if kind == 0:
+                _varint(file)
+    return False
+
+
+def _varint(file: BinaryIO) -> int:
+    """Read a whole number: seven bits a byte, the lowest first; the last byte is below 128."""
+    value = 0
+    for place in range(0, 64, 7):
+        byte = (file.read(1) or b"\0")[0]
+        value |= (byte & 127) << place
+        if byte < 128:
+            break
+    return value
 
 
 def cannot_run(path: str | Path, error: BaseException) -> MicronetError:

@@ -15,6 +15,7 @@ from callbacks.graph import Shape
 from micronet.errors import first_line
 from micronet.onnx_file import OnnxFile, width
 
+MOST_ZEROS = 2**28  # numbers of the inputs: a gigabyte
 SMALL = 1024
 """Elements of a constant that may say something about shapes."""
 
@@ -104,7 +105,7 @@ class Shapes:
             part = shape[said.get("start", 0) : said.get("end")]
             self.enter_array(outs[0], part if kind == "Shape" else np.array(shape.prod(), np.int64))
         else:
-            known = node.domain in STANDARD and all(name in self.arrays for name in node.input if name)
+            known = node.domain in STANDARD and all(self._is_number(name) for name in node.input if name)
             types = self._inferred(node, outs)
             small = types and all(
                 math.prod(d.dim_value for d in t.tensor_type.shape.dim) <= SMALL for t in types.values()
@@ -140,6 +141,10 @@ class Shapes:
         except Exception:  # the C++ code behind it throws whatever it likes; onnxruntime says what is wrong
             return {}
         return {name: types[name] for name in outs} if all(n in types and _static(types[n]) for n in outs) else {}
+
+    def _is_number(self, name: str) -> bool:
+        """Whether a tensor is a known constant, and no text: patterns on text can take for ever."""
+        return name in self.arrays and self.arrays[name].dtype.kind not in "OSU"
 
     def _evaluate(self, node: NodeProto, outs: list[str]) -> bool:
         """Compute a node on small constants."""
@@ -184,6 +189,9 @@ class Shapes:
         """What onnxruntime gives for zeros, for all nodes of this kind at once."""
         import onnxruntime as ort
 
+        if sum(math.prod(self.shape(name)) for name in self.inputs) > MOST_ZEROS:
+            told = f"the shape of what {node.op_type} gives cannot be told: its images are too large to be tried"
+            raise self.file.error(f"{told}; give a smaller --input-size")
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 4

@@ -17,10 +17,10 @@ from micronet.counting import Assume
 from micronet.data import Data
 from micronet.errors import MicronetError
 from micronet.learner import make_learner, pick_device, precision, seed_all
-from micronet.machine import hardware, versions
+from micronet.machine import busy, hardware, versions
 from micronet.model_source import open_model
 from micronet.plan_checks import Finding, check_data, check_stage, one_line
-from micronet.plan_time import Timing, busy, time_fit
+from micronet.plan_time import Timing, time_fit
 from micronet.recipe import Fit, Recipe, blaming, describe
 from micronet.rules import Rules, official
 from micronet.score import Score, tally

@@ -1,6 +1,5 @@
 """How long an epoch of a fit takes, from a few of its real steps."""
 
-import os
 import time
 from dataclasses import dataclass, replace
 from statistics import median
@@ -128,11 +127,3 @@ def time_fit(learn: Learner, fit: Fit) -> Timing:
         valid_seconds=median(clock.batches[1:] or clock.batches) * images,
         measured=len(taken),
     )
-
-
-def busy() -> str | None:
-    """Say that others compute on this machine, which makes every time too long; None where they do not."""
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if load <= cores:
-        return None
-    return f"other work was running (load {load:.1f} on {cores} cores), so that all times are too long: try again later"

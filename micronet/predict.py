@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Timer
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from micronet.errors import MicronetError, first_line
 
 if TYPE_CHECKING:
     from micronet.model_source import ModelSource
+
+MOST_SECONDS = 60  # for one image: a graph can say to go on for ever
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +81,8 @@ class Predictor:
             path: the image.
         """
         pixels = pixels_of(path, self.side).astype(np.float32) / 255
-        images = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        with np.errstate(all="ignore"):  # what a file says can be beyond float32: no logits are finite then
+            images = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return np.ascontiguousarray(images.transpose(2, 0, 1)[None])
 
 
@@ -118,6 +122,8 @@ def open_predictor(model: str, *, factory: Any = None) -> Predictor:
 
 
 def _of_onnx(name: str) -> Predictor:
+    import onnxruntime
+
     from micronet.onnx_meta import parse_meta
     from micronet.onnx_session import cannot_run, open_session
 
@@ -128,10 +134,17 @@ def _of_onnx(name: str) -> Predictor:
     given = session.get_inputs()[0].name
 
     def run(images: np.ndarray) -> np.ndarray:
+        options = onnxruntime.RunOptions()
+        alarm = Timer(MOST_SECONDS, setattr, (options, "terminate", True))
+        alarm.start()
         try:
-            return session.run(None, {given: images})[0]
+            return np.asarray(session.run(None, {given: images}, options)[0], np.float64)
         except Exception as error:  # onnxruntime's own errors share no class
+            if options.terminate:
+                raise MicronetError(f"{name}: gave no answer in {MOST_SECONDS} seconds") from error
             raise cannot_run(name, error) from error
+        finally:
+            alarm.cancel()
 
     shown = {"classes": meta.classes, "mean": meta.input_mean, "std": meta.input_std}
     return Predictor(name=name, side=_side(name, meta.input_size), run=run, **shown)

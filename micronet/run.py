@@ -25,6 +25,7 @@ from micronet.stage_files import check_reload, draw, keep_onnx, measured
 from micronet.start import begin, check_masks_fit, load_stage, own_factory, some_images
 
 SMOKE_IMAGES = 64
+MOST_THREADS = 1024  # that a record may ask for
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class _Run:
                 # A record without a stage is of a run that failed on its first values: the mended one takes its place.
                 if then["resolved"] and any(self.folder.glob("*-*/")):
                     return self._compare(then, now)
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise MicronetError(f"{file}: damaged ({error!r}), or not a run's; start over with --fresh") from error
         write_text(json.dumps(now, indent=1) + "\n", file)
         if self.source:
@@ -151,6 +152,8 @@ class _Run:
                 "with -o, or start over with --fresh"
             )
         threads = then["hardware"]["threads"]
+        if type(threads) is not int or not 0 < threads <= MOST_THREADS:
+            raise ValueError(f"{threads!r} threads")
         if threads != torch.get_num_threads():
             self.console.print(
                 f"using {threads} threads, as the run began with: other numbers of threads round otherwise"

@@ -20,7 +20,7 @@ from callbacks.importance import Importance, ranked_by, scores
 from callbacks.widths import narrow
 from micronet.data import BatchLoader, Data, plain_loader
 from micronet.data.store import progress
-from micronet.errors import MicronetError
+from micronet.errors import MicronetError, first_line
 from micronet.optim import top_k_hits
 from micronet.report import new_figure, save_figure, write_text
 
@@ -229,8 +229,8 @@ def ratios_from(path: str | Path, max_drop: float = 0.01) -> dict[str, float]:
         }
     except FileNotFoundError as error:
         raise MicronetError(f"{path}: no such file; `micronet sensitivity MODEL --data NAME` makes one") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise MicronetError(f"{path}: not a file of `micronet sensitivity` ({error})") from error
+    except (ArithmeticError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise MicronetError(f"{path}: not a file of `micronet sensitivity` ({first_line(error)})") from error
     found = {}
     for name, points in curves.items():
         for ratio, right in sorted(points):

@@ -15,7 +15,8 @@ from micronet import cli
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "recipes" / "quickstart.py")
-COMMANDS = ["fit", "score", "evaluate", "lr-find", "data fetch", "data show"]
+COMMANDS = ["fit", "plan", "score", "evaluate", "sensitivity", "export", "quantize", "pack", "unpack", "predict"]
+COMMANDS += ["bench", "lr-find", "data fetch", "data show"]
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +42,13 @@ def test_every_commands_help_has_an_example_and_no_type_beside_a_flag(command, c
     assert "<bool>" not in out
 
 
-@pytest.mark.parametrize("command", ["fit", "evaluate", "lr-find", "data fetch", "data show"])
+@pytest.mark.parametrize("command", ["fit", "evaluate", "bench", "lr-find", "data fetch", "data show"])
 def test_the_readmes_synopsis_names_every_option(command):
     found = typer.main.get_command(cli.app)
     for word in command.split():
         found = found.commands[word]
-    synopsis = (ROOT / "README.md").read_text().split(f"\n    micronet {command} ")[1].split("\n    micronet ")[0]
+    commands = (ROOT / "README.md").read_text().split("\n## Commands\n")[1]
+    synopsis = commands.split(f"\n    micronet {command} ")[1].split("\n    micronet ")[0]
     for option in found.params:
         if option.param_type_name == "option":
             assert any(f"{name} " in synopsis or f"{name}]" in synopsis for name in option.opts), option.opts

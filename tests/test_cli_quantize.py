@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import micronet.quantize as module
+from callbacks.fake_quantize import quantise_layer
 from callbacks.onnx_export import export_onnx
 from callbacks.sparsify import Sparsify
 from micronet import Fit, Recipe, RunOptions, load, run
@@ -214,6 +215,17 @@ def test_what_is_wrong_is_one_line(call, trained, arguments, status, says, tmp_p
     assert says in " ".join(err.replace("│", " ").split())
     assert list(tmp_path.iterdir()) == []
     assert not [file for file in trained.parent.iterdir() if "int8" in file.name]
+
+
+@pytest.mark.parametrize("to", ["int8", "float16", "minmax8"])
+def test_what_was_trained_with_quantised_weights_is_refused(call, trained, tmp_path, to):
+    bundle = load(trained)
+    quantise_layer(bundle.model.get_submodule("fc"), 4, 4, False)
+    save(bundle, tmp_path / "m.pth")
+    status, _, err = call("quantize", tmp_path / "m.pth", "--to", to)
+    assert (status, err.count("\n")) == (1, 1)
+    assert "was trained with quantised weights (1 layers): `micronet export` writes them" in err
+    assert [file.name for file in tmp_path.iterdir()] == ["m.pth"]
 
 
 def test_other_files_than_a_bundle_are_one_line(call, small, trained, tmp_path):

@@ -1,6 +1,7 @@
 """What a method declares that it will change, and what follows from it for a ledger."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -78,10 +79,8 @@ def test_half_the_channels_of_every_network(name):
 @pytest.mark.parametrize(
     ("before", "change", "says"),
     [
-        ({"weight_bits": 8}, {"sparsity": 0.5}, "masked (sparsity 0.5) after quantising to 8 bits: mask first"),
         ({"weight_bits": 8}, {"ratio": 0.25}, "removed (ratio 0.25) after quantising to 8 bits: prune first"),
         ({"sparsity": 0.8}, {"sparsity": 0.5}, "sparsity 0.5 is asked where an earlier fit left 0.8"),
-        ({"weight_bits": 4}, {"weight_bits": 8}, "weight_bits 8 is asked where an earlier fit left 4"),
         ({}, {"sparsity": 1.5}, "sparsity must be a fraction in [0, 1), got 1.5"),
         ({}, {"act_bits": 64}, "act_bits must be a width from 1 to 32, got 64"),
     ],
@@ -98,4 +97,7 @@ def test_methods_of_one_fit_come_together():
         together([Expected(sparsity=0.5), Expected(sparsity=0.6)])
     # What keeps an earlier fit's zeros and widths says so, and nothing is wrong with it.
     assert follow(both, Expected(sparsity=0.5, weight_bits=4)) == both
+    # A fit masks the codes of one before it, and trains on with wider ones.
+    assert follow(Expected(weight_bits=4, act_bits=4), Expected(sparsity=0.5)) == replace(both, estimate=False)
+    assert follow(both, Expected(weight_bits=8, act_bits=6)) == replace(both, weight_bits=8, act_bits=6)
     assert together([]) == Expected()

@@ -17,9 +17,12 @@ from callbacks.affine import ChannelAffine, as_affine
 from callbacks.fake_quantize import quantise_layer, quantised_layers, weight_range
 from callbacks.ledger import build
 from callbacks.op_trace import trace
-from micronet import MicronetError, load
+from callbacks.quant_aware import QuantAware
+from callbacks.ramp import OneShot
+from callbacks.sparsify import Sparsify
+from micronet import Fit, MicronetError, Recipe, RunOptions, load, run
 from micronet.bundle import Bundle, save
-from micronet.data import digits
+from micronet.data import cifar10, digits
 from micronet.deployed import deploy
 from micronet.edits import low_rank
 from micronet.models import densenet121, googlenet, preact_resnet18, separable_net, wide_resnet
@@ -361,6 +364,44 @@ def test_other_commands_read_it(tmp_path, call):
         assert (status, err) == (0, "")
         lines.append(out.splitlines()[1:4])
     assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("command", ["score", "evaluate", "predict", "export"])
+def test_help_says_that_they_read_it(command, call):
+    status, out, _ = call(command, "--help")
+    assert (status, "packed file" in " ".join(out.replace("│", " ").split())) == (0, True)
+
+
+LSQ = Fit("bits", epochs=1, lr=0.005, cbs=(partial(QuantAware, 4, 4, images=32, norm_images=64),))
+ZEROS = Fit("zeros", epochs=1, lr=0.005, cbs=(partial(Sparsify, 0.6, OneShot()),))
+
+
+@pytest.mark.parametrize(
+    "stages", [(ZEROS, LSQ), pytest.param((LSQ, ZEROS), marks=pytest.mark.slow)], ids=["zeros first", "bits first"]
+)
+def test_real_weights_made_sparse_and_quantised_in_training(stages, real, tmp_path):
+    real(cifar10)  # skipped where it is not here
+    run(Recipe(partial(cifar10, batch_size=32, valid=0.02), RESNET, stages), tmp_path / "run", RunOptions(limit=64))
+    bundle = load(tmp_path / "run" / "model.pth")
+    require_packed(bundle, tmp_path / "a.safetensors")
+    layers, zeros = quantised_layers(bundle.model), sum(int((~mask).sum()) for mask in bundle.masks.values())
+    weights = {name: layer.weight.numel() for name, layer in layers.items()}
+    assert zeros == pytest.approx(0.6 * sum(weights.values()), abs=1)
+    # By hand: a bit for each weight, 4 or 8 for each kept one; 32 for each scale and bias, and for each input's scale.
+    size = 0
+    for name, layer in layers.items():
+        kept = int(bundle.masks[f"{name}.weight"].sum())
+        bits = 8 if name in ("conv1", "fc") else 4
+        assert layer.weight_bits == bits
+        size += -(-(weights[name] + bits * kept) // 8) + 4 * (2 * len(layer.weight) + 1)
+    assert read(tmp_path / "a.safetensors").data_bytes == size
+    unpack(read(tmp_path / "a.safetensors"), tmp_path / "b.pth")
+    folded, found = deploy(bundle).bundle.model, load(tmp_path / "b.pth").model
+    images = torch.randn(8, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(found(images), folded(images))
+    for name, layer in quantised_layers(found).items():
+        assert torch.equal(layer.codes(), quantised_layers(folded)[name].codes())
 
 
 def test_wrong_use_is_one_line(tmp_path, call):

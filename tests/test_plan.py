@@ -19,8 +19,11 @@ import micronet.models as networks
 from callbacks.ema import EMA
 from callbacks.expected import requantised
 from callbacks.op_counter import OpCounter
+from callbacks.quant_aware import QuantAware
+from callbacks.ramp import OneShot
 from callbacks.schedule import Constant, MultiStep, Step
-from micronet import RULES, Assume, Fit, MicronetError, Recipe, RunOptions, run, score, sgd
+from callbacks.sparsify import Sparsify
+from micronet import RULES, Assume, Fit, MicronetError, Recipe, RunOptions, load, run, score, sgd
 from micronet.data import Augment, ImageSet, digits
 from micronet.model_source import open_model
 from micronet.plan import Plan, plan
@@ -297,12 +300,33 @@ def test_an_estimate_is_marked():
 
 def test_a_contradiction_is_refused_by_name_and_the_rest_goes_on():
     result = planned(
-        method("int8", weight_bits=8, act_bits=8), method("sparsify", sparsity=0.5), method("wrong", sparsity=2.0)
+        method("int8", weight_bits=8, act_bits=8), method("prune", ratio=0.5), method("wrong", sparsity=2.0)
     )
-    assert [(finding.stage, finding.refused) for finding in result.findings] == [("sparsify", True), ("wrong", True)]
-    assert "masked (sparsity 0.5) after quantising to 8 bits" in result.findings[0].text
+    assert [(finding.stage, finding.refused) for finding in result.findings] == [("prune", True), ("wrong", True)]
+    assert "channels are removed (ratio 0.5) after quantising to 8 bits: prune first" in result.findings[0].text
     first, *others = [row.expected for row in result.stages]
     assert others == [first, first]
+
+
+LSQ = {"first_last_bits": None, "images": 32, "norm_images": 32}
+QUANTISED = Fit("quantised", epochs=1, lr=0.01, cbs=(partial(QuantAware, 4, 4, **LSQ),))
+SPARSE = Fit("sparse", epochs=1, lr=0.01, cbs=(partial(Sparsify, 0.5, OneShot(), scope="local"),))
+WIDER = Fit("wider", epochs=1, lr=0.01, cbs=(partial(QuantAware, 6, 8, **LSQ),))
+
+
+@pytest.mark.parametrize("stages", [(QUANTISED, SPARSE, WIDER), (SPARSE, QUANTISED)], ids=["bits first", "zeros first"])
+def test_zeros_and_bits_in_either_order_are_planned_as_they_are_run(stages, tmp_path):
+    result = planned(*stages)
+    assert result.findings == ()
+    run(recipe(*stages), tmp_path / "run", RunOptions(limit=96))
+    for place, row in enumerate(result.stages, start=1):
+        bundle, expected = load(tmp_path / "run" / f"{place}-{row.name}" / "model.pth"), row.expected
+        widths = {(expected.weight_bits, expected.act_bits)} if expected.weight_bits else set()
+        assert set(bundle.bits.values()) == widths
+        masks = bundle.masks.values()
+        zeros = sum(int((~mask).sum()) for mask in masks) / max(1, sum(mask.numel() for mask in masks))
+        assert zeros == pytest.approx(expected.sparsity or 0, abs=0.01)
+        assert bool(masks) == bool(expected.sparsity)
 
 
 def test_the_seed_rules_know_no_sparsity():
