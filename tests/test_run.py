@@ -167,7 +167,8 @@ def test_a_fit_that_stopped_early_is_finished_by_the_next_command(cbs, tmp_path,
     assert torch.equal(weights(tmp_path / "whole" / "model.pth"), weights(tmp_path / "parts" / "model.pth"))
 
 
-def test_a_kill_before_any_file_is_written_whole_loses_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_kill_before_any_file_is_written_whole_loses_nothing(step, tmp_path, monkeypatch):
     """Every file comes into its place by one renaming: die before each of them in turn, then go on."""
     stages = (Fit("first", epochs=2, lr=0.05, ema=0.9), Fit("second", epochs=1, lr=0.01))
     options = RunOptions(limit=32)
@@ -177,7 +178,7 @@ def test_a_kill_before_any_file_is_written_whole_loses_nothing(tmp_path, monkeyp
     class Killed(BaseException):
         pass
 
-    for fatal in itertools.count():
+    for fatal in itertools.count(0, step):
         folder = tmp_path / f"killed at {fatal}"
         written = itertools.count()
 
