@@ -107,7 +107,7 @@ def pack(
     metadata = {"micronet": text, "sha256": digest(text, writer.tensors)}
     claimed = claim(list(deployed.ledger.arrays), float_bits)
     with whole_or_absent(path) as beside:
-        beside.write_bytes(serialise(writer.tensors, metadata))
+        beside.write_bytes(_in_order(serialise(writer.tensors, metadata)))
         with _named(beside, path):
             packed = read(beside, factory=factory)
         _require_same(packed.bundle, deployed.bundle, path)
@@ -134,6 +134,20 @@ def unpack(packed: Packed, path: str | Path, *, factory: Callable[..., nn.Module
         with _named(beside, path):
             found = load(beside, factory=factory)
         _require_same(found, packed.bundle, path)
+
+
+def _in_order(file: bytes) -> bytes:
+    """The bytes of a safetensors file with its metadata in order: safetensors writes it in another one each time.
+
+    Source: safetensors' format: eight bytes that say how long the header is, the header, which is JSON and padded with
+    spaces to a multiple of eight bytes, the tensors.
+    """
+    end = 8 + int.from_bytes(file[:8], "little")
+    header = json.loads(file[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + file[end:]
 
 
 @contextmanager

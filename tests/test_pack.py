@@ -240,6 +240,16 @@ def test_the_score_is_that_of_the_model_it_came_from(change, tmp_path, call):
         assert half["score"] < whole["score"]
 
 
+def test_one_network_is_one_file_whenever_it_is_packed(tmp_path):
+    bundle = bundled(separable_net, width_multiplier=0.25, num_classes=10)
+    files = []
+    for place in range(6):  # safetensors orders its metadata at random
+        pack(bundle, tmp_path / f"{place}.safetensors")
+        files.append((tmp_path / f"{place}.safetensors").read_bytes())
+    assert len(set(files)) == 1
+    assert int.from_bytes(files[0][:8], "little") % 8 == 0
+
+
 def test_numbers_of_16_bits_are_rounded_once(tmp_path):
     bundle = quantised(bundled(wide_resnet, num_classes=10, depth=10, width=1), 4)
     folded = deploy(bundle).bundle.model
