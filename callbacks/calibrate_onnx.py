@@ -145,8 +145,8 @@ def _by_percentile(counts: np.ndarray, within: Range) -> Range:
 def _by_entropy(counts: np.ndarray, within: Range) -> Range:
     low, high = within
     top = max(-low, high)
-    # A tensor that is never negative has all codes for one side.
-    steps = 256 if low >= 0 else 128
+    # The codes of the longer side: all of them where a tensor is never negative, nearly all behind a SiLU.
+    steps = round(256 * top / ((max(high, 0.0) - min(low, 0.0)) or 1.0)) or 256
     counts = counts.astype(np.float64)
     counts[0] = counts[1]  # what a ReLU made zero says nothing of how fine the steps should be
     if not counts.sum():

@@ -70,8 +70,8 @@ torch.library.register_fake("micronet::fake_quantize", lambda x, *_: torch.empty
 class _Learned(torch.autograd.Function):
     """Rounds, with LSQ's gradients: 1 in range; for the step size `code - x / scale` in range, else the end of it.
 
-    A number that rounds to the last code is in range, as torch's own fake quantisation has it, so that weights that lie
-    on their codes can move.
+    One thing is not the paper's: a number that rounds to the last code is in range, up to `high + 0.5`, as torch's own
+    fake quantisation has it; the paper's range ends at `high`. Weights that lie on their last codes can move.
     """
 
     @staticmethod
@@ -102,7 +102,8 @@ def fake_quantize(x: Tensor, scale: Tensor, low: int, high: int, numbers: int) -
         numbers: how many numbers share a step size, in one image: it damps the step size's gradient, by
             `1 / sqrt(numbers * high)`.
 
-    Source: Esser et al. 2020, eq. 1 to 3 and section 2.2.
+    Source: Esser et al. 2020, eq. 1 to 3 and section 2.2, but for where the range ends: half a step beyond the last
+    code, as in torch's `fake_quantize_per_tensor_affine`.
     """
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
         return _Learned.apply(x, scale, low, high, (max(1, numbers) * high) ** -0.5)

@@ -24,6 +24,7 @@ ACTIVATIONS = ("Relu", "Clip")  # a runtime leaves them out where the codes' ran
 SUMS = ("Add",)
 PACKED = "MatMulNBits"  # has codes of 4 bits for weights, and real numbers for all else
 BATCH = 64
+MOST_UNITS = 2**30  # of a bias: half of what 32 bits hold leaves as much to the sum of products
 
 
 class _Graph:
@@ -200,14 +201,31 @@ def _whole_bias(graph: _Graph, layer: Any) -> None:
     if len(layer.input) < 3 or layer.input[2] not in graph.arrays:
         return
     x, weight = (graph.makers[name] for name in layer.input[:2])
-    unit = (graph.arrays[x.input[1]] * graph.arrays[weight.input[1]]).astype(np.float32)
     bias = graph.arrays[layer.input[2]]
-    whole = np.clip(np.rint(bias.astype(np.float64) / unit), -(2**31), 2**31 - 1).astype(np.int32)
+    step = graph.arrays[x.input[1]]
+    _coarser(graph, weight, np.abs(bias) / (MOST_UNITS * np.float64(step)))
+    unit = (step * graph.arrays[weight.input[1]]).astype(np.float32)
+    whole = np.rint(bias.astype(np.float64) / unit).astype(np.int32)
     codes = graph.enter(whole, f"{layer.input[2]}_codes")
     scale = graph.enter(np.broadcast_to(unit, bias.shape).copy(), f"{layer.input[2]}_scale")
     real = f"{codes}/real"
     graph.graph.node.append(helper.make_node("DequantizeLinear", [codes, scale], [real], axis=0))
     layer.input[2] = real
+
+
+def _coarser(graph: _Graph, weight: Any, least: np.ndarray) -> None:
+    """Give outputs larger steps where theirs are too small for their bias: 32 bits would cut it off.
+
+    So it is where a BatchNorm's factor is next to nothing: the weights are, too, beside such a bias, and may be 0.
+    """
+    codes, steps = (graph.arrays[name] for name in weight.input[:2])
+    if not (least > steps).any() or steps.ndim != 1:
+        return
+    axis = next((a.i for a in weight.attribute if a.name == "axis"), 1)
+    shape = [-1 if place == axis else 1 for place in range(codes.ndim)]
+    larger = np.maximum(steps, least).astype(np.float32)
+    coarse = np.rint(codes * (steps / larger).reshape(shape)).astype(codes.dtype)
+    weight.input[0], weight.input[1] = graph.enter(coarse, weight.input[0]), graph.enter(larger, weight.input[1])
 
 
 def _zero_points(graph: _Graph, layer: Any) -> None:

@@ -167,6 +167,7 @@ class QuantizeInt8(Callback):
     def _forget(self) -> None:
         self._made: Any = None
         self._summary = ""
+        self._in_float: tuple[str, ...] = ()
         self.result: Paired | None = None
         self.noise: list[LayerNoise] = []
 
@@ -175,8 +176,8 @@ class QuantizeInt8(Callback):
         """The int8 graph; None before a fit has ended."""
         if self._made is None:
             return None
-        kept = self.keep_float if isinstance(self.keep_float, int) else list(self.keep_float)
-        how = {"images": self.images, "split": self.split, "seed": self.seed, "method": self.method, "keep_float": kept}
+        how = {"images": self.images, "split": self.split, "seed": self.seed, "method": self.method}
+        how["keep_float"] = list(self._in_float)
         return OnnxFile("model_int8.onnx", self._made.SerializeToString(), how)
 
     @property
@@ -187,8 +188,11 @@ class QuantizeInt8(Callback):
     def before_fit(self) -> None:
         """Forget what an earlier fit left, and refuse validation images that are the test images."""
         self._forget()
-        if self.split == "valid" and vars(self.learn.dls).get("valid_is_test"):
-            raise ValueError("split='valid': the validation images are the test images, which calibrate nothing")
+        if vars(self.learn.dls).get("valid_is_test"):
+            raise ValueError(
+                "the validation images are the test images, which calibrate, rank and judge nothing: cut others from "
+                "the training images (valid=0.02)"
+            )
 
     def after_fit(self) -> None:
         """Quantise, and compare with the float network on the validation images.
@@ -209,7 +213,8 @@ class QuantizeInt8(Callback):
         source = dls.train if self.split == "train" else dls.valid
         images, _ = images_of(source, self.images, self.seed)
         calibration = calibrated(export_onnx(self.learn.model, image_size(self.learn)), images, self.method)
-        made = quantize(calibration, self._kept(calibration))
+        in_float = tuple(self._kept(calibration))
+        made = quantize(calibration, in_float)
         result = compared(calibration.proto, made, plain_batches(dls.valid))
         if result.drop > self.floor:
             raise QuantizeError(
@@ -217,12 +222,12 @@ class QuantizeInt8(Callback):
                 f"{result.before:,}: {result.drop:.2f} points are lost, floor={self.floor:g} are allowed "
                 f"(by chance with p = {result.p:.2g}); keep_float=3 leaves the worst layers in float"
             )
-        self._made, self.result = made, result
+        self._made, self.result, self._in_float = made, result, in_float
         drawn = f"{len(images):,} images of {self.split} (seed {self.seed}, {self.method})"
         self._summary = (
             f"int8 from {drawn}: {made.ByteSize():,} bytes; "
             f"right on {result.after:,} of {result.images:,} validation images, float on {result.before:,}; "
-            f"the same class on {result.agreeing:,}"
+            f"the same class on {result.agreeing:,}" + (f"; in float: {', '.join(in_float)}" if in_float else "")
         )
 
     def _kept(self, calibration: Calibration) -> Sequence[str]:

@@ -23,7 +23,6 @@ Range = tuple[float, float]
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 # What a stream in front of a BatchNorm can have passed: none of it calculates with weights.
 _STREAM = ("Add", "Sum", "Mul", "Concat", "BatchNormalization", "Relu", "AveragePool", "MaxPool", "Identity")
-_ACTIVATIONS = ("Relu", "Clip")
 
 
 class QuantizeError(ValueError):

@@ -79,7 +79,7 @@ def test_rounding_is_float32_in_bf16(learning):
 
 
 @pytest.mark.parametrize("rows", [True, False])
-def test_gradients_are_those_of_the_paper(rows):
+def test_gradients_are_those_of_the_paper_with_a_range_up_to_half_a_step_beyond_the_last_code(rows):
     torch.manual_seed(0)
     x = torch.randn(4, 6).requires_grad_()
     scale = (torch.rand(4) * 0.2 + 0.1 if rows else torch.tensor(0.15)).requires_grad_()
@@ -89,7 +89,7 @@ def test_gradients_are_those_of_the_paper(rows):
     for i in range(4):
         for j in range(6):
             v = float(numbers[i, j] / sizes[i])
-            inside = low - 0.5 <= v <= high + 0.5
+            inside = low - 0.5 <= v <= high + 0.5  # the paper: low < v < high
             inner[i, j] = float(inside)
             slope = round(v) - v if inside else (low if v < 0 else high)  # eq. 3
             steps[i] += float(upstream[i, j]) * slope

@@ -217,6 +217,19 @@ def test_every_convolution_of_resnet20_runs_on_integers(bits, real, tmp_path):
     assert sum(array.nbytes for array in arrays_of(proto).values()) < 1.1 * 272_474
 
 
+@pytest.mark.parametrize("factor", [1e-7, 1e-12])
+def test_a_bias_beside_weights_of_next_to_nothing_is_not_cut_off(factor):
+    """Folded, such a channel has a step so small that its bias would be more of them than 32 bits count."""
+    net = network(8, 8)
+    with torch.no_grad():
+        net[1].weight[5], net[1].bias[5] = factor, 2.0
+        torch.manual_seed(1)
+        images = torch.randn(64, 3, 10, 10)
+        wanted = deployed(net, (3, 10, 10))(images)
+    found, _ = answers(integer_kernels(export_onnx(net, (3, 10, 10)), images), images)
+    assert float((found - wanted).norm() / wanted.norm()) < 0.05
+
+
 def test_ranges_are_those_of_the_images():
     net, images = network(8, 8), torch.randn(100, *SIZE)
     proto = export_onnx(net, SIZE)

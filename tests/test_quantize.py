@@ -160,6 +160,14 @@ def test_entropy_keeps_all_of_what_is_spread_evenly():
     assert calibrating._by_entropy(np.zeros(calibrating.BINS, np.int64), (0.0, 0.0)) == (0.0, 0.0)
 
 
+def test_entropy_gives_a_side_the_codes_that_it_has():
+    """A little below 0, as a SiLU gives, the positive side has all codes but some: it is cut where a ReLU's is."""
+    sizes = np.abs(np.random.default_rng(0).laplace(size=200_000))
+    counts = np.histogram(sizes, calibrating.BINS, (0, 13.5))[0]
+    cuts = [calibrating._by_entropy(counts, (low, 13.5))[1] for low in (0.0, -0.01, -13.5)]
+    assert cuts[1] == cuts[0] > 1.02 * cuts[2]
+
+
 def test_layers_left_in_float_keep_their_weights():
     calibration = calibrated(exported(Plain), images())
     assert list(calibration.layers) == ["conv1", "conv2", "fc"]
@@ -287,10 +295,10 @@ def test_the_seed_and_the_number_say_which_images(unexported):
 
 def test_validation_images_that_are_the_test_images_calibrate_nothing(unexported):
     learn, _ = small(valid="test")
-    with pytest.raises(ValueError, match="validation images are the test images"):
-        fit(learn, QuantizeInt8(split="valid"))
+    for split in ("valid", "train"):  # the loss that is allowed is judged on them, and layers are ranked on them
+        with pytest.raises(ValueError, match="validation images are the test images, which calibrate, rank and judge"):
+            fit(learn, QuantizeInt8(split=split))
     assert "images" not in unexported
-    fit(learn, QuantizeInt8(split="train"))
 
 
 def test_what_is_quantised_is_the_average_that_the_fit_leaves(unexported):
@@ -341,8 +349,10 @@ def test_a_fit_of_no_epochs_leaves_the_graph_of_the_network():
     assert cb.summary == (
         f"int8 from 64 images of train (seed 0, minmax): {len(cb.onnx.content):,} bytes; "
         f"right on {cb.result.after:,} of "
-        f"{len(data.valid)} validation images, float on {cb.result.before:,}; the same class on {cb.result.agreeing:,}"
+        f"{len(data.valid)} validation images, float on {cb.result.before:,}; the same class on {cb.result.agreeing:,}; "
+        f"in float: {kept}"
     )
+    assert cb.onnx.how["keep_float"] == [kept]
 
 
 def test_a_search_for_a_learning_rate_quantises_nothing(unexported):
