@@ -287,7 +287,8 @@ class _Planner:
         bundle = replace(self.bundle, provenance=record, masks=masks)
         bundles.save(bundle, self.folder / "model.pth", factory=own_factory(self.recipe))
         whole = (self.folder / "model.pth").stat().st_size
-        tensors = sum(tensor.numel() * tensor.element_size() for tensor in [*state.values(), *masks.values()])
+        tensors = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        tensors += sum(-(-mask.numel() // 8) for mask in masks.values())  # eight elements of a mask are a byte
         numbers = [sum(array.numel for array in part.arrays) for part in (ledger, self.ledger)]
         return whole - tensors + round(tensors * numbers[0] / max(1, numbers[1]))
 
@@ -300,6 +301,8 @@ class _Planner:
             notes.append(
                 "estimate: which channels or weights go is known when it is done; the rest follows from shares"
             )
+        if any(one.sparsity for one in expected):
+            notes.append("zeros fall on late layers first, which have few operations: up to a quarter more may be left")
         if any(one.ratio for one in expected):
             notes.append("times are those of the whole network: fewer channels will be faster")
         if any(one.weight_bits for one in expected):

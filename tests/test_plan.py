@@ -261,7 +261,10 @@ def test_sparsity_and_bits_are_counted_as_score_counts_them():
         counted = score(module, input_size=SIZE, assume=assume)
         assert (row.score.storage, row.score.ops, row.score.score) == (counted.storage, counted.ops, counted.score)
         assert not row.expected.estimated
-    # A mask takes a byte a weight in the file; a code is not packed there.
+    # A mask takes a bit a weight in the file; a code is not packed there.
+    weights = [array.numel for array in result.stages[0].score.ledger.arrays if array.role == "weight"]
+    more = result.stages[1].file_bytes - result.stages[0].file_bytes
+    assert sum(weights) / 8 <= more < sum(weights) / 8 + 400 * len(weights)  # names, padding to 64 bytes
     assert result.stages[1].file_bytes > result.stages[0].file_bytes
     assert result.stages[2].file_bytes == result.stages[1].file_bytes
     assert [effect(row.expected) for row in result.stages] == ["-", "sparsity 0.5", "sparsity 0.5, 8 bits"]
@@ -276,6 +279,11 @@ def test_weights_and_activations_of_other_widths():
     weights = sum(array.numel for array in ledger.arrays if array.role == "weight")
     assert row.score.storage == eight.storage - weights * 4 / 32
     assert effect(row.expected) == "4-bit weights, 8-bit activations"
+
+
+def test_a_file_of_few_channels_and_many_zeros_still_takes_bytes():
+    pruned, sparse = planned(method("prune", ratio=0.95, estimate=True), method("sparsify", sparsity=0.6)).stages
+    assert 0 < pruned.file_bytes < sparse.file_bytes
 
 
 def test_an_estimate_is_marked():

@@ -349,7 +349,8 @@ def test_a_fit_of_no_epochs_leaves_the_graph_of_the_network():
     assert cb.summary == (
         f"int8 from 64 images of train (seed 0, minmax): {len(cb.onnx.content):,} bytes; "
         f"right on {cb.result.after:,} of "
-        f"{len(data.valid)} validation images, float on {cb.result.before:,}; the same class on {cb.result.agreeing:,}; "
+        f"{len(data.valid)} validation images, float on {cb.result.before:,}; "
+        f"the same class on {cb.result.agreeing:,}; "
         f"in float: {kept}"
     )
     assert cb.onnx.how["keep_float"] == [kept]
