@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from callbacks.channels import Group, Member, axes, removal, whole
 from callbacks.copies import copied, on_cpu
 from callbacks.dependency_graph import Flow, Spot, trace_channels
+from callbacks.fake_quantize import quantised_layers
 from callbacks.methods import verdict
 from callbacks.modules import tensors
 from callbacks.widths import narrow, shapes_at, widths
@@ -40,6 +41,8 @@ def find_groups(model: nn.Module, input_size: Sequence[int]) -> tuple[list[Group
     Raises:
         ValueError: the network has a layer that pruning refuses, can't be followed, or has no group.
     """
+    if quantised_layers(model):
+        raise ValueError("its layers are quantised: channels go first, bits after that")
     for name, module in model.named_modules():
         answer = verdict("prune", module)
         if answer.word == "refuses":
@@ -53,9 +56,7 @@ def find_groups(model: nn.Module, input_size: Sequence[int]) -> tuple[list[Group
     groups, failed = _proven(shadow, groups, input_size)
     skipped += [f"{group.name}: its channels reach further than could be followed" for group in failed]
     if not groups:
-        raise ValueError(
-            f"no channel of {type(model).__name__} can be removed ({'; '.join(skipped[:3]) or 'no layer'})"
-        )
+        raise ValueError(f"no channel of the network can be removed ({'; '.join(skipped[:3]) or 'no layer'})")
     return groups, skipped
 
 

@@ -119,8 +119,14 @@ class Sparsify(KeepZeros):
                 raise ValueError(f"sparsity must be a fraction in [0, 1), got {share!r}")
             if self.granularity == "2:4" and share != 0.5:
                 raise ValueError(f"sparsity must be 0.5 with 2:4, which is two of four, got {share!r}")
-        if by_layer and (self.scope != "local" or self.skip or not self.sparsity):
-            raise ValueError("sparsity by layer needs a layer, goes with scope='local', and has no layers to skip")
+        if by_layer and not self.sparsity:
+            raise ValueError("sparsity by layer must name a layer, got an empty dict")
+        if by_layer and self.scope != "local":
+            raise ValueError(f"scope must be 'local' with sparsity by layer, got {self.scope!r}")
+        if by_layer and self.skip:
+            raise ValueError(
+                f"skip must be empty with sparsity by layer, which names all it changes, got {self.skip!r}"
+            )
         if self.seed is not None and self.criterion != "random":
             raise ValueError(f"seed must be None with criterion {self.criterion!r}, which draws nothing")
         if learns(self.criterion) and self.schedule(0.0) > 0:

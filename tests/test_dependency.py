@@ -10,6 +10,7 @@ from torch import nn
 
 from callbacks.channels import removal, whole
 from callbacks.dependency import find_groups
+from callbacks.fake_quantize import quantise_layer
 from callbacks.prune_plan import Choice, Plan
 from callbacks.widths import narrow, widths
 from micronet.edits import fold_bn, low_rank, separable
@@ -130,6 +131,13 @@ def test_what_cannot_be_followed_is_left_alone_and_named(make, left, says):
     told = cb.summary.partition("; skipped ")[2]
     assert all(reason.partition(": ")[2] in told for reason in says)
     assert model(torch.randn(2, *SIZE)).shape == (2, CLASSES)
+
+
+def test_channels_go_before_bits():
+    model = resnet20(num_classes=10)
+    quantise_layer(model.get_submodule("conv1"), 4, 4, True)
+    with pytest.raises(ValueError, match="its layers are quantised: channels go first"):
+        find_groups(model, (3, 32, 32))
 
 
 def test_a_network_that_torch_pruning_fails_on_or_never_leaves_is_refused_in_time():
