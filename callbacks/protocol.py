@@ -31,11 +31,13 @@ class OnnxFile:
         name: of the file that it is to be.
         content: its bytes.
         how: what it was made by, plain values.
+        floor: most percentage points of top-1 on the validation images that it may lose; None for the usual.
     """
 
     name: str
     content: bytes
     how: dict[str, Any]
+    floor: float | None = None
 
 
 def having(learn: Learner, name: str) -> list[Callback]:

@@ -24,7 +24,8 @@ from micronet.machine import busy, hardware, versions
 if TYPE_CHECKING:
     from micronet.model_source import ModelSource
 
-ROUNDS = (8, 25)  # fewest, whatever they take, and most
+# Fewest, whatever they take, and most; what intervals of so few are worth is in `bench_stats.py`.
+ROUNDS = (12, 25)
 DISTURBED = 0.05  # share of the time in which others held the core, from which on it is said
 
 
@@ -66,6 +67,8 @@ def bench(models: Sequence[str], options: Options | None = None, tell: Callable[
         for runner in runners:  # while the processes import what they need
             if runner.source is None:
                 runner.source = _open(runner.name, options)
+            if options.per_layer and not runner.name.lower().endswith(".onnx"):
+                _require_float(runner.source)
             runner.cost = cost_of(runner.source)
         for runner in runners:
             runner.opened = runner.process.answer()
@@ -145,6 +148,7 @@ def _job(file: str, on_ort: bool, cores: list[int], options: Options) -> dict[st
 
 def _exported(source: "ModelSource", path: Path) -> Path:
     """A torch network as an ONNX file, as `micronet export` writes it, but not compared with it."""
+    _require_float(source)
     from callbacks.onnx_export import ExportError, export_onnx
     from micronet.model_source import DEFAULT_SIZE
 
@@ -154,6 +158,14 @@ def _exported(source: "ModelSource", path: Path) -> Path:
         raise MicronetError(f"{source.name}: {first_line(error)}") from error
     path.write_bytes(proto.SerializeToString())
     return path
+
+
+def _require_float(source: "ModelSource") -> None:
+    """Refuse to export quantised layers here: what onnxruntime computes on integers needs ranges of real images."""
+    from callbacks.fake_quantize import quantised_layers
+
+    if quantised_layers(source.module):
+        raise MicronetError(f"{source.name}: its layers are quantised: run `micronet export` first, and time that file")
 
 
 def _measure(runners: list[_Runner], options: Options, tell: Callable[[str], None]) -> list[tuple[float, float]]:

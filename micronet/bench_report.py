@@ -54,7 +54,10 @@ def times_table(bench: Bench) -> Table:
     """Lay out how fast each model is, beside what its operations predict."""
     options = bench.options
     threads = f"{options.threads} thread{'s' * (options.threads > 1)}"
-    table = Table(title=f"times, {threads}; speed-up over the first, with its 95 % interval", title_justify="left")
+    table = Table(
+        title=f"times, {threads}; speed-up over the first, with its 95 % interval if rounds are independent",
+        title_justify="left",
+    )
     table.add_column("model", overflow="fold")
     table.add_column("runs on", overflow="fold")
     for column in (

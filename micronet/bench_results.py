@@ -16,7 +16,7 @@ class Options:
     Args:
         threads: of each model, each on a core of its own.
         seconds: for each model, half of them for one image and half for many; slow models take longer, for there are
-            at least eight rounds of each.
+            at least twelve rounds of each.
         batch: how many images throughput is measured with.
         seed: of the order of turns and of the bootstrap.
         device: where torch computes; onnxruntime stays on the CPU.

@@ -8,6 +8,7 @@ ABOUT = 1.1  # a speed-up up to this much above or below what operations predict
 SAME = (
     0.02  # the same file six times beside itself: medians of the ratios from 0.99 to 1.01, intervals at times above 1
 )
+TOO_WIDE = "the interval is too wide to tell"
 MANY_ZEROS = 0.3  # codes of few bits have up to about a quarter of zeros that nobody asked for
 
 
@@ -86,16 +87,26 @@ def _about_prediction(first: Side, other: Side, ratio: Ratio, faster: bool, slow
     if prediction is None:
         return [f"{zeros}: no gain on this runtime"] if sparse and not faster else []
     named = f"its operations predict {factor(prediction)}"
+    wide = ratio.high > ratio.low * ABOUT**2  # it holds both less than about a prediction, and more
+    if not (faster or slower) and 1 < prediction <= ratio.high * ABOUT and wide:
+        return [f"{TOO_WIDE} whether it gains what {named}"]
     if not faster and sparse and prediction > 1:
         return [f"{zeros}: no gain on this runtime ({named})"]
     if faster:
         if ratio.high * ABOUT < prediction:
             why = f"; its {zeros} are computed like any other number" if sparse else ""
             return [f"by less than its operations predict ({factor(prediction)}){why}"]
-        more = ratio.low > prediction * ABOUT
-        return [f"by {'more than' if more else 'about what'} its operations predict ({factor(prediction)})"]
+        if ratio.low > prediction * ABOUT:
+            return [f"by more than its operations predict ({factor(prediction)})"]
+        if wide:
+            return [f"{TOO_WIDE} by less or more than its operations predict ({factor(prediction)})"]
+        return [f"by about what its operations predict ({factor(prediction)})"]
     if prediction > ABOUT:
         return [f"no gain on this runtime, though {named}"]
     if slower and prediction * ABOUT < 1:
-        return [f"{named}, too" if ratio.value * ABOUT >= prediction else f"more than its operations explain ({named})"]
+        if ratio.high * ABOUT < prediction:
+            return [f"more than its operations explain ({named})"]
+        if wide:
+            return [f"{TOO_WIDE} by less or more than its operations explain ({named})"]
+        return [f"{named}, too"]
     return [] if not slower else [f"which its operations do not explain ({named})"]

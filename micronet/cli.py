@@ -21,6 +21,7 @@ from micronet.cli_options import (
     Seed,
     Settings,
     check_device,
+    check_outputs,
     ended_as_by_ctrl_c,
     find_users_factory,
     make_console,
@@ -170,6 +171,7 @@ def evaluate(
     """
     if split not in ("train", "valid", "test"):
         raise typer.BadParameter(f"--split must be train, valid or test, got {split!r}")
+    check_outputs({"-o": out}, [model, factory, data_dir])
     use_data(data_dir)
     check_device(device)
     from micronet.measure import measure
@@ -212,6 +214,7 @@ def lr_find(
     Example: `micronet lr-find recipes/resnet20_cifar10.py -o lr.png`
     """
     given = parse_settings(settings)
+    check_outputs({"-o": out}, [recipe, data_dir])
     use_data(data_dir)
     check_device(device)
     from micronet.learner import find_lr, first_trained
@@ -263,6 +266,7 @@ def data_show(
 
     Example: `micronet data show recipes/resnet20_cifar10.py -o grid.png`
     """
+    check_outputs({"-o": out}, [name, data_dir])
     use_data(data_dir)
     from dataclasses import replace
 

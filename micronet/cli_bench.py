@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
-from micronet.cli_options import Factory, Seed, check_device, find_users_factory, make_console
+from micronet.cli_options import Factory, Seed, check_device, check_outputs, find_users_factory, make_console, number
 from micronet.cli_score import InputSize, parse_size
-from micronet.errors import MicronetError
 
 
 def bench(
@@ -22,7 +21,13 @@ def bench(
     ],
     threads: Annotated[int, typer.Option(min=1, help="Of each model, each pinned to a core of its own.")] = 1,
     seconds: Annotated[
-        float, typer.Option(min=0.01, help="Of timing for each model; slow ones take longer, for 8 rounds are run.")
+        float,
+        typer.Option(
+            min=0.01,
+            max=86400,
+            callback=number,
+            help="Of timing for each model; slow ones take longer, for 12 rounds are run.",
+        ),
     ] = 4.0,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time for throughput.")] = 128,
     runtime: Annotated[
@@ -46,8 +51,8 @@ def bench(
     """Time models beside each other: latency, throughput, memory, size, score, and what the speed-ups are worth.
 
     Each model runs in a process of its own, one at a time, in rounds whose order is drawn anew: what slows the machine
-    down slows all of them. A speed-up is the median of the rounds' ratios, with a bootstrap interval. Time it on an
-    idle machine; accuracy is not measured (`micronet evaluate`).
+    down slows all of them. A speed-up is the median of the rounds' ratios, with a bootstrap interval that takes the
+    rounds for independent. Time it on an idle machine; accuracy is not measured (`micronet evaluate`).
 
     Example: `micronet bench model.onnx model_int8.onnx --per-layer -o bench.png`
     """
@@ -57,9 +62,7 @@ def bench(
     if size is not None and not all(isinstance(n, int) for n in size):
         raise typer.BadParameter("--input-size: bench times networks of one input, such as 3x32x32")
     prints_json = str(json) == "-"
-    for file in (out, None if prints_json else json):
-        if file is not None and not file.parent.is_dir():
-            raise MicronetError(f"{file.parent}: no such folder to write {file.name} to; make it first")
+    check_outputs({"-o": out, "--json": None if prints_json else json}, [*models, factory])
     if device != "cpu":
         check_device(device)
     from micronet.bench import bench as measure

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from micronet.cli_options import DataPlace, Factory, data_of, find_users_factory, make_console, split_of, use_data
+from micronet.cli_options import (
+    DataPlace,
+    Factory,
+    check_outputs,
+    data_of,
+    find_users_factory,
+    make_console,
+    number,
+    split_of,
+    use_data,
+)
 from micronet.cli_score import Arch, InputSize, Trust, parse_size
 from micronet.errors import MicronetError
 
@@ -64,8 +74,9 @@ def export(
         typer.Option(
             min=0,
             max=1,
+            callback=number,
             metavar="SHARE",
-            help="Least share of them that keep their class. [default: 1; where layers are quantised any, if at most 1 "
+            help="Least share of them that keep their class. [default: 1; where layers are quantised 0.8, if at most 1 "
             "point of top-1 is lost]",
         ),
     ] = None,
@@ -92,8 +103,7 @@ def export(
         raise typer.BadParameter(f"-o {file}: an ONNX file's name ends in .onnx")
     if model.suffix.lower() == ".onnx":
         raise MicronetError(f"{model}: is an ONNX file already; give the model.pth that it came from")
-    if not file.parent.is_dir():
-        raise MicronetError(f"{file.parent}: no such folder to write {file.name} to; make it first")
+    check_outputs({"-o": file}, [model, factory, data_dir])
     use_data(data_dir)
     if trust:
         print(f"micronet: --trust: reading {model} runs whatever code it holds", file=sys.stderr)
@@ -152,7 +162,7 @@ def _real(source: "ModelSource", model: Path, data: str | None) -> "Data":
 
 
 def _lines(kept: "Kept", source: "ModelSource", data: "Data") -> list[str]:
-    from micronet.deploy import disagreeing
+    from micronet.parity import disagreeing
 
     parity, meta = kept.parity, kept.meta
     answer = "all" if parity.agreeing == parity.images else f"{parity.agreeing:,}"

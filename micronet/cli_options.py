@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -114,6 +114,40 @@ def check_device(name: str | None) -> None:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, ValueError) as error:
         raise MicronetError(f"--device {name}: not usable here: {first_line(error)}") from error
+
+
+def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[str | Path | None]) -> None:
+    """Refuse, before anything slow, to write over what is read, twice to one file, or to a folder that is not there.
+
+    Args:
+        outputs: files by the option that names them; None for one that is not written.
+        inputs: files and folders that are read; names of networks and data sets do no harm; `FILE:NAME` of a factory.
+
+    Raises:
+        MicronetError: such an output.
+    """
+    files = {option: file for option, file in outputs.items() if file is not None}
+    read = [Path(name) for one in inputs if one is not None for name in (str(one), str(one).rpartition(":")[0]) if name]
+    for place, (option, file) in enumerate(files.items()):
+        if not file.parent.is_dir():
+            raise MicronetError(f"{file.parent}: no such folder to write {file.name} to; make it first")
+        if any(_same_file(file, one) for one in read):
+            raise MicronetError(f"{file}: is what is read; name another file with {option}")
+        for other, earlier in list(files.items())[:place]:
+            if _same_file(file, earlier):
+                raise MicronetError(f"{file}: both {other} and {option} would be written to it; name another file")
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file, which need not be there; a link is the file that it leads to."""
+    return os.path.realpath(one) == os.path.realpath(other) or (one.exists() and other.exists() and one.samefile(other))
+
+
+def number(value: float | None) -> float | None:
+    """Refuse `nan`, which no bound of an option refuses, as it is neither below nor above it."""
+    if value is not None and value != value:
+        raise typer.BadParameter("nan is no number")
+    return value
 
 
 def parse_settings(settings: list[str] | None) -> dict[str, str]:

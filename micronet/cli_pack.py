@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from micronet.cli_options import Factory, find_users_factory, make_console
+from micronet.cli_options import Factory, check_outputs, find_users_factory, make_console
 from micronet.errors import MicronetError
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ def pack(
 
     BatchNorm is folded, or becomes a scale and a shift; masked weights take a bit each and the kept ones their numbers,
     quantised ones 2 to 8 bits. The file's bytes less its header are those of the arrays that `micronet score` counts.
-    It is read again, and kept only where it gives the same network, bit for bit. All commands that read a model.pth
-    read it, too.
+    It is read again, and kept only where it gives the deployed network, bit for bit, and answers as MODEL does. All
+    commands that read a model.pth read it, too.
 
     Example: `micronet pack runs/resnet20_cifar10/model.pth --float16`
     """
@@ -43,7 +43,7 @@ def pack(
     file = out or model.with_suffix(SUFFIX)
     if file.suffix.lower() != SUFFIX:
         raise typer.BadParameter(f"-o {file}: a packed file's name ends in {SUFFIX}")
-    _check_place(model, file)
+    check_outputs({"-o": file}, [model, factory])
     from micronet.bundle import load
     from micronet.pack import pack as write
 
@@ -54,7 +54,7 @@ def pack(
     except MicronetError as error:
         raise MicronetError(str(error) if str(error).startswith(str(file)) else f"{model}: {error}") from error
     console = make_console()
-    for line in _lines(packing):
+    for line in _lines(packing, model):
         console.print(line, highlight=False, markup=False)
 
 
@@ -73,7 +73,7 @@ def unpack(
     target = out or file.with_name(f"{file.stem}-unpacked.pth")
     if target.suffix.lower() != ".pth":
         raise typer.BadParameter(f"-o {target}: a model file's name ends in .pth")
-    _check_place(file, target)
+    check_outputs({"-o": target}, [file, factory])
     from micronet.pack import unpack as write
     from micronet.unpack import read
 
@@ -88,14 +88,7 @@ def unpack(
     )
 
 
-def _check_place(source: Path, target: Path) -> None:
-    if not target.parent.is_dir():
-        raise MicronetError(f"{target.parent}: no such folder to write {target.name} to; make it first")
-    if target.exists() and source.exists() and target.samefile(source):
-        raise MicronetError(f"{target}: is what is read; name another file with -o")
-
-
-def _lines(packing: "Packing") -> "Iterator[str]":
+def _lines(packing: "Packing", model: Path) -> "Iterator[str]":
     """What was written, in bytes, and what that has to do with the score."""
     from micronet.rules import official
     from micronet.score import tally
@@ -131,4 +124,8 @@ def _lines(packing: "Packing") -> "Iterator[str]":
     if unread := packing.deployed.unread:
         yield f"left out: {len(unread)} tensors that no answer depends on, such as {unread[0]}: zero when it is read"
     yield "read again: the deployed network, bit for bit (state, masks, logits)"
+    yield (
+        f"beside {model}: relative error of the logits {float(packing.apart.max()):.1e} at most, "
+        f"{float(packing.apart.median()):.1e} in the median, on {len(packing.apart)} images of noise"
+    )
     yield f"next:   micronet score {packing.path}"

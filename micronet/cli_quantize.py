@@ -5,7 +5,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from micronet.cli_options import DataPlace, Factory, data_of, find_users_factory, make_console, split_of, use_data
+from micronet.cli_options import (
+    DataPlace,
+    Factory,
+    check_outputs,
+    data_of,
+    find_users_factory,
+    make_console,
+    number,
+    split_of,
+    use_data,
+)
 from micronet.errors import MicronetError
 
 if TYPE_CHECKING:
@@ -52,8 +62,24 @@ def quantize(
         str | None, typer.Option(metavar="float16", help="float16: compute in it, too, where a runtime can.")
     ] = None,
     floor: Annotated[
-        float, typer.Option(min=0, metavar="POINTS", help="Most points of top-1 that may be lost on validation images.")
+        float,
+        typer.Option(
+            min=0,
+            callback=number,
+            metavar="POINTS",
+            help="Most points of top-1 that may be lost on validation images.",
+        ),
     ] = 1.0,
+    agreement: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            callback=number,
+            metavar="SHARE",
+            help="Least share of validation images that keep their class. [default: 0.8; less if --floor is above 20]",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="The file; replaced. [default: MODEL-int8.onnx, ...]"),
@@ -68,7 +94,8 @@ def quantize(
 
     int8 is what onnxruntime computes with integers: weights and what flows between layers, calibrated on training
     images as they are. The float ONNX graph and the file answer all validation images; the test images are not looked
-    at. More than a point of top-1 lost, five times what 8 bits usually cost, keeps no file (--floor).
+    at. More than a point of top-1 lost, five times what 8 bits usually cost, keeps no file (--floor); nor does another
+    class than MODEL's on more than a fifth of the images (--agreement).
 
     Example: `micronet quantize runs/resnet20_cifar10/model.pth --rank -o resnet20-int8.onnx`
     """
@@ -80,11 +107,7 @@ def quantize(
     target = out or model.with_name(f"{model.stem}-{to}{_KINDS[to]}")
     if target.suffix != _KINDS[to]:
         raise typer.BadParameter(f"-o {target}: the name of such a file ends in {_KINDS[to]}")
-    if target.resolve() == model.resolve():
-        raise typer.BadParameter(f"-o {target}: would replace MODEL; name another file")
-    for file in (target, *([json] if json else [])):
-        if not file.parent.is_dir():
-            raise MicronetError(f"{file.parent}: no such folder to write {file.name} to; make it first")
+    check_outputs({"-o": target, "--json": json}, [model, factory, data_dir])
     if model.suffix.lower() == ".onnx":
         raise MicronetError(f"{model}: is an ONNX file, quantised or not; give the model.pth that it came from")
     use_data(data_dir)
@@ -93,7 +116,7 @@ def quantize(
     build = find_users_factory(factory)
     bundle = load(model, factory=build)
     chosen, told = _images(bundle, model, data)
-    found = _made(bundle, model, chosen, target, to, given, compute, floor, build)
+    found = _made(bundle, model, chosen, target, to, given, compute, floor, agreement, build)
     if json is not None:
         from json import dumps
 
@@ -148,6 +171,7 @@ def _made(
     given: dict[str, Any],
     compute: str | None,
     floor: float,
+    agreement: float | None,
     build: Any,
 ) -> "Quantised":
     from micronet.model_source import of_bundle
@@ -157,25 +181,29 @@ def _made(
         raise MicronetError(
             f"{model}: was trained with quantised weights ({len(bundle.bits)} layers): `micronet export` writes them"
         )
-    source = of_bundle(bundle, str(model))
+    source, least = of_bundle(bundle, str(model)), {"floor": floor, "agreement": agreement}
     if to == "minmax8":
-        return to_minmax8(bundle, target, data, factory=build, name=str(model), floor=floor)
+        return to_minmax8(bundle, target, data, factory=build, name=str(model), **least)
     if to == "float16":
-        return to_float16(source, target, data, compute=compute is not None, floor=floor)
-    return to_int8(source, target, data, Int8(**given), floor=floor)
+        return to_float16(source, target, data, compute=compute is not None, **least)
+    return to_int8(source, target, data, Int8(**given), **least)
 
 
 def _lines(found: "Quantised") -> list[str]:
+    from micronet.parity import disagreeing
+
     parity = found.parity
     lost = 100 * (parity.before - parity.after) / parity.images
     change = f"{abs(lost):.2f} points {'lost' if lost >= 0 else 'gained'}"
     lines = [
         f"{found.path}: {found.bytes:,} bytes",
-        f"the network itself: {found.graph_bytes:,} bytes, {found.float_bytes:,} in float32: "
-        f"{found.ratio:.2f} times smaller",
+        f"{'such a file' if found.to == 'minmax8' else 'the network itself'}: {found.graph_bytes:,} bytes, "
+        f"{found.float_bytes:,} in float32: {found.ratio:.2f} times smaller",
         f"{found.images}: right on {parity.after:,}, in float32 on {parity.before:,} ({change}); "
         f"{parity.agreeing:,} keep their class; relative error of the logits at most {parity.relative_error:.2g}",
     ]
+    if parity.disagreeing:
+        lines.append(f"another class: {disagreeing(parity)}")
     if found.to == "int8":
         how = found.how
         lines.append(

@@ -11,6 +11,7 @@ from micronet.cli_options import (
     Factory,
     ModelFile,
     check_device,
+    check_outputs,
     find_users_factory,
     make_console,
     split_of,
@@ -64,6 +65,9 @@ def sensitivity(
     words = ("l1", "l2", "mean_abs", "bn_scale", "fpgm", "random")
     if importance not in words:
         raise typer.BadParameter(f"--importance must be one of {', '.join(words)}, got {importance!r}")
+    file = json or model.with_name(f"{model.stem}-sensitivity.json")
+    plot = out or model.with_name(f"{model.stem}-sensitivity.png")
+    check_outputs({"-o": plot, "--json": file}, [model, factory, data_dir])
     use_data(data_dir)
     check_device(device)
     from micronet.bundle import load
@@ -91,8 +95,6 @@ def sensitivity(
         device=pick_device(device),
         name=model.name if model.parent == Path() else f"{model.parent.name}/{model.name}",
     )
-    file = json or model.with_name(f"{model.stem}-sensitivity.json")
-    plot = out or model.with_name(f"{model.stem}-sensitivity.png")
     found.save(file)
     plot_sensitivity(found, plot)
     console = make_console()

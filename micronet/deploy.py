@@ -20,7 +20,7 @@ from micronet.errors import MicronetError, first_line
 from micronet.gate_images import RealImages, real_images
 from micronet.measure import OnnxModule
 from micronet.onnx_meta import Meta, parse_meta, read_meta, write_meta
-from micronet.parity import Answers, Parity, compare
+from micronet.parity import Answers, Parity, compare, require
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4  # relative error of a float file's logits: float32 rounds to 1e-7, and 100 layers add up
 ALIKE = 0.1  # of a quantised file's logits, image by image or many at once: a rounding can tip a code
-MOST = 5  # images that a message names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +150,7 @@ def keep(
     floor: float,
     tolerance: float | None,
     most_lost: float | None = None,
+    options: tuple[str, str] = ("--floor", "--floor"),
 ) -> Kept:
     """Write a model beside its place, read it again, compare it with its source, and keep it only where it agrees.
 
@@ -163,6 +163,7 @@ def keep(
         floor: least share of the images on which both have to name the same class, in [0, 1].
         tolerance: largest relative error of an image's logits; None for any, of a quantised model.
         most_lost: most percentage points of top-1 that it may lose; None for any.
+        options: what sets `floor` and `most_lost`, for messages.
 
     Raises:
         MicronetError: it is not sound, does not run, or does not answer as its source does: no file is kept.
@@ -173,11 +174,10 @@ def keep(
             _require_classes(proto, meta)
             _write(proto, beside)
             _check(beside)
-            scaled, file = images.scaled(), _answers(beside, images, meta)
-            parity = _compared(lambda part: source(images.normalise(part)), file, scaled, images.labels)
-            _require(parity, images, floor, tolerance)
-            _require_right(parity, images, most_lost)
-            _require_alone(file, scaled[:2], ALIKE if tolerance is None else tolerance)
+            file, pixels = _answers(beside, images, meta), images.pixels
+            parity = _compared(lambda part: source(images.normalise(images.scaled(part))), file, pixels, images.labels)
+            require(parity, images.told, floor=floor, tolerance=tolerance, most_lost=most_lost, options=options)
+            _require_alone(file, pixels[:2], ALIKE if tolerance is None else tolerance)
             score, uncounted = _score(beside)
             meta = replace(meta, score=score, gate=_told(parity, images))
             write_meta(proto, meta)
@@ -208,25 +208,26 @@ def _check(path: Path) -> None:
 
 
 def _answers(path: Path, images: RealImages, meta: Meta) -> Answers:
-    """A file's logits of images from 0 to 1, which are normalised here where the graph doesn't."""
+    """A file's logits of pixels, which are scaled here, and normalised where the graph doesn't."""
     session = OnnxModule(path).eval()
 
-    def answers(scaled: Tensor) -> Tensor:
+    def answers(pixels: Tensor) -> Tensor:
+        scaled = images.scaled(pixels)
         return session(scaled if meta.normalised else images.normalise(scaled))
 
     return answers
 
 
-def _compared(reference: Answers, candidate: Answers, scaled: Tensor, labels: Tensor | None = None) -> Parity:
+def _compared(reference: Answers, candidate: Answers, pixels: Tensor, labels: Tensor | None = None) -> Parity:
     try:
-        return compare(reference, candidate, scaled, labels)
+        return compare(reference, candidate, pixels, labels)
     except (ValueError, AttributeError) as error:  # a tuple of outputs has no `double`
         raise MicronetError(f"its answers can't be compared: {first_line(error)}") from error
 
 
-def _require_alone(file: Answers, scaled: Tensor, alike: float) -> None:
+def _require_alone(file: Answers, pixels: Tensor, alike: float) -> None:
     """Refuse a file that answers an image alone otherwise than among others."""
-    apart = _compared(file, lambda part: torch.cat([file(one[None]) for one in part]), scaled)
+    apart = _compared(file, lambda part: torch.cat([file(one[None]) for one in part]), pixels)
     if not apart.relative_error <= alike:
         raise MicronetError(
             f"it answers an image alone otherwise than among others (relative error {apart.relative_error:.2g})"
@@ -240,35 +241,6 @@ def _require_classes(proto: "ModelProto", meta: Meta) -> None:
     logits = sizes[-1] if sizes else 0
     if logits != len(meta.classes):
         raise MicronetError(f"gives {logits} logits, and there are {len(meta.classes)} classes")
-
-
-def _require(parity: Parity, images: RealImages, floor: float, tolerance: float | None) -> None:
-    if tolerance is not None and not parity.relative_error <= tolerance:
-        raise MicronetError(
-            f"it does not answer as its source: relative error {parity.relative_error:.2g} on {images.told}, "
-            f"at most {tolerance:g} is allowed"
-        )
-    if parity.agreement < floor:
-        raise MicronetError(
-            f"{disagreeing(parity)} of {images.told} {'get' if len(parity.disagreeing) > 1 else 'gets'} another class "
-            f"than from its source; at least {100 * floor:g} % must agree (--floor)"
-        )
-
-
-def _require_right(parity: Parity, images: RealImages, most_lost: float | None) -> None:
-    lost = 100 * ((parity.before or 0) - (parity.after or 0)) / parity.images
-    if most_lost is not None and lost > most_lost:
-        raise MicronetError(
-            f"right on {parity.after:,} of {images.told}, its source on {parity.before:,}: it loses {lost:.2f} points, "
-            f"at most {most_lost:g} are allowed (--floor)"
-        )
-
-
-def disagreeing(parity: Parity) -> str:
-    """Which images the two answer otherwise, in words."""
-    count = len(parity.disagreeing)
-    named = ", ".join(map(str, parity.disagreeing[:MOST])) + (", ..." if count > MOST else "")
-    return f"{count:,} ({'images' if count > 1 else 'image'} {named}, counted from 0)" if count else "none"
 
 
 def _score(path: Path) -> tuple[dict[str, Any], str]:

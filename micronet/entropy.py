@@ -11,6 +11,7 @@ Source: constriction's range coder (Bamler 2022, "Understanding Entropy Coding W
 https://arxiv.org/abs/2201.01741); the estimate of frequencies is that of Krichevsky and Trofimov 1981.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 
@@ -33,6 +34,7 @@ class Encoder:
 
     def __init__(self) -> None:
         self._stream, self._seen = coding.queue.RangeEncoder(), _Counts()
+        self._total = hashlib.sha256()
 
     def add(self, mask: np.ndarray | None, codes: np.ndarray | None, bits: int = 0) -> bool:
         """Append an array, where that makes it smaller.
@@ -65,7 +67,12 @@ class Encoder:
         if stream.num_bits() - self._stream.num_bits() >= plain:
             return False
         self._stream, self._seen = stream, seen
+        _update(self._total, mask, codes)
         return True
+
+    def digest(self) -> str:
+        """SHA-256 of all masks and codes that were appended, as they were before they were coded."""
+        return self._total.hexdigest()
 
     def data(self) -> np.ndarray:
         """The stream: uint8, a multiple of 4 bytes."""
@@ -87,6 +94,11 @@ class Decoder:
             raise ValueError(f"a stream of {data.size} bytes is not one of whole words")
         self._stream = coding.queue.RangeDecoder(np.frombuffer(data.tobytes(), "<u4").astype(np.uint32))
         self._seen = _Counts()
+        self._total = hashlib.sha256()
+
+    def digest(self) -> str:
+        """SHA-256 of all masks and codes that were read, which is the writer's where they are the same."""
+        return self._total.hexdigest()
 
     def mask(self, shape: Sequence[int]) -> np.ndarray:
         """Read a mask of a **shape**: bool.
@@ -101,6 +113,7 @@ class Decoder:
             return kernels[place]
 
         _each_kept(kernels.shape, self._seen, take_kept)
+        _update(self._total, kernels, None)
         return kernels.reshape(tuple(shape))
 
     def codes(self, count: int, bits: int) -> np.ndarray:
@@ -120,6 +133,7 @@ class Decoder:
             return codes[part]
 
         _each_code(count, bits, self._seen, take_codes)
+        _update(self._total, None, codes)
         return codes
 
     def _decoded(self, model: object, given: np.ndarray | int) -> np.ndarray:
@@ -127,6 +141,13 @@ class Decoder:
             return self._stream.decode(model, given)
         except AssertionError as error:  # so constriction says that no message has these bits
             raise ValueError("the coded masks and codes are damaged") from error
+
+
+def _update(total: "hashlib._Hash", mask: np.ndarray | None, codes: np.ndarray | None) -> None:
+    """Add a mask, a byte for each element, and codes, a byte for each."""
+    for array in (mask, codes):
+        if array is not None:
+            total.update(np.ascontiguousarray(array, np.uint8).tobytes())
 
 
 def _kernels(shape: Sequence[int]) -> tuple[int, int, int]:

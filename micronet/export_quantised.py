@@ -24,6 +24,7 @@ from micronet.deploy import Kept, check_zeros, described, keep
 from micronet.errors import MicronetError, first_line
 from micronet.gate_images import normalised, real_images
 from micronet.model_source import ModelSource, open_model
+from micronet.parity import AGREEMENT, MOST_LOST
 from micronet.rules import official
 from micronet.score import tally
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from callbacks.ledger import Ledger
 
 IMAGES, SEED = 512, 0  # training images that the ranges between layers are measured on, as `quantize` takes them
-MOST_LOST = 1.0  # points of top-1, as `quantize` has it
 FALLBACK = 1000  # training images to compare on, where validation images are the test images
 
 
@@ -86,8 +86,8 @@ def export_quantised(
         int4: whether codes of 4 bits and fewer are stored in 4, not in 8.
         normalise: whether the graph itself normalises, so that it takes RGB in [0, 1].
         number: how many images to compare on; None for all validation images.
-        floor: least share of the images on which both have to name the same class, in [0, 1]; None for any, while at
-            most `MOST_LOST` points of top-1 are lost.
+        floor: least share of the images on which both have to name the same class, in [0, 1]; None for `AGREEMENT`,
+            while at most `MOST_LOST` points of top-1 are lost.
 
     Raises:
         MicronetError: no layer is quantised; it can't be exported; the file does not answer as the network does.
@@ -115,7 +115,7 @@ def export_quantised(
         source=source.module,
         images=images,
         meta=described(source, data, normalise=normalise, made={"quantised": how}),
-        floor=floor or 0,
+        floor=AGREEMENT if floor is None else floor,
         tolerance=None,
         most_lost=MOST_LOST if floor is None else None,
     )

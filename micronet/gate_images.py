@@ -38,9 +38,13 @@ class RealImages:
     std: tuple[float, ...]
     told: str
 
-    def scaled(self) -> Tensor:
-        """The images as float32 in [0, 1]."""
-        return self.pixels.contiguous().float() / 255
+    def scaled(self, pixels: Tensor | None = None) -> Tensor:
+        """Images as float32 in [0, 1].
+
+        Args:
+            pixels: some of them, uint8; None for all, which is four times their bytes.
+        """
+        return (self.pixels if pixels is None else pixels).contiguous().float() / 255
 
     def normalise(self, images: Tensor) -> Tensor:
         """Scaled images as the network takes them."""

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "micronet", 1
 _PREFIX = "micronet."
+_ROOT = r"/|~[\w.-]*[/\\]|[A-Za-z]:[/\\]|\\\\|file:|\.\.?[/\\]"  # what a path begins with
+_PATH = re.compile(rf"(?:{_ROOT})(?!\s)")
+# In a longer text: up to a space, and a lone `/word` is none. A colon that `//` follows is that of an address.
+_PATH_WITHIN = re.compile(rf"(?:(?<=[\s'\"=(,;\[])|(?<=:)(?!//))(?:{_ROOT})(?=[^\s/\\]*[/\\]|(?<!/))[^\s'\",;)\]]+")
 INSIDE = "RGB, each channel from 0 to 1; the graph normalises"
 OUTSIDE = "RGB, each channel from 0 to 1, minus mean, divided by std"
 
@@ -158,7 +162,10 @@ def read_meta(path: str | Path) -> Meta | None:
 
 
 def without_paths(value: Any) -> Any:
-    """Shorten every path in nested values to its last part, and one of somebody's home folder to nothing.
+    r"""Shorten every path in nested values to its last part, and one of somebody's home folder to nothing.
+
+    A path is what says where something lies on a machine: from the root (`/`, `~`, a drive, `\\host`, `file:`), or
+    from a folder (`./`, `../`). All else stays as it is: "1/2", "feature/int8", an address of the web.
 
     Args:
         value: numbers, texts, and containers of them.
@@ -167,8 +174,15 @@ def without_paths(value: Any) -> Any:
         return {without_paths(str(key)): without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [without_paths(item) for item in value]
-    if not isinstance(value, str) or not re.search(r"[/\\]", value):
+    if not isinstance(value, str):
         return value
-    parts = [part for part in re.split(r"[/\\]+", value) if part]
-    at_home = len(parts) > 1 and parts[-2].lower() in ("home", "users")
-    return "" if at_home or not parts else parts[-1]
+    if _PATH.match(value):  # names of folders may have spaces
+        return _last_part(value)
+    return _PATH_WITHIN.sub(lambda found: _last_part(found[0]), value)
+
+
+def _last_part(path: str) -> str:
+    """The last folder or file of a path; nothing where that is somebody's home."""
+    parts = [part for part in re.split(r"[/\\]+", path) if part]
+    at_home = parts[-2:-1] and parts[-2].lower() in ("home", "users")
+    return "" if not parts or at_home or (len(parts) == 1 and parts[0].startswith("~")) else parts[-1]

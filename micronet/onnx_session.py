@@ -60,7 +60,10 @@ def _may_have_functions(path: Path) -> bool:
             if key >> 3 == FUNCTIONS or kind not in _LENGTHS:
                 return True
             length = _LENGTHS[kind]
-            file.seek(_varint(file) if length is None else length, 1)
+            length = _varint(file) if length is None else length
+            if length > size - file.tell():
+                return False  # cut short: onnxruntime refuses it
+            file.seek(length, 1)
             if kind == 0:
                 _varint(file)
     return False

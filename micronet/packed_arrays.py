@@ -85,6 +85,11 @@ class PackedArrays:
             kept = shape.numel() if mask is None else int(mask.sum())
             codes = decoder.codes(kept, self.codes[name]) if name in self.codes else None
             found[name] = mask, codes
+        if self.content.get("decoded", decoder.digest()) != decoder.digest():
+            raise MicronetError(
+                "its masks and codes are decoded to others than were written: another version of the package "
+                "constriction wrote it, or it is damaged; install that version, or make it again"
+            )
         return found
 
     def put(self, name: str, mask: np.ndarray | None, codes: np.ndarray | None) -> None:

@@ -43,7 +43,7 @@ class Quantised:
         path: the file.
         to: `int8`, `float16` or `minmax8`.
         bytes: size of the file.
-        graph_bytes: of what is in it besides its description.
+        graph_bytes: of what is in it besides its description; of `minmax8`, of the file.
         float_bytes: of the same in float32.
         images: what was compared on, in words.
         parity: the answers beside those of the float network.
@@ -67,7 +67,7 @@ class Quantised:
 
     @property
     def ratio(self) -> float:
-        """How many times smaller than in float32 it is, descriptions left out on both sides."""
+        """How many times smaller than in float32 it is: graphs without their descriptions, or files."""
         return self.float_bytes / self.graph_bytes
 
     def to_json(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from micronet.data.store import progress
 from micronet.deploy import check_zeros, described, keep
 from micronet.errors import MicronetError, first_line
 from micronet.gate_images import RealImages, normalised
-from micronet.parity import Answers, compare
+from micronet.parity import Answers, compare, least_agreement, require
 from micronet.quantised_file import Quantised, Ranking
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 CONFIRMED = 3  # layers, and on how many images at most
 CONFIRM_IMAGES = 2000
+OPTIONS = ("--agreement", "--floor")  # of the command, which messages name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,9 @@ class Int8:
     rank: bool = False
 
 
-def to_int8(source: "ModelSource", path: Path, data: Data, how: Int8, *, floor: float) -> Quantised:
+def to_int8(
+    source: "ModelSource", path: Path, data: Data, how: Int8, *, floor: float, agreement: float | None = None
+) -> Quantised:
     """Write a network as an int8 ONNX file.
 
     Args:
@@ -68,6 +71,7 @@ def to_int8(source: "ModelSource", path: Path, data: Data, how: Int8, *, floor: 
         data: its image sets, normalised as it is to see them; the test images are not looked at.
         how: calibration, and layers that stay in float.
         floor: most percentage points of top-1 that it may lose on the validation images.
+        agreement: least share of them that keep their class, in [0, 1]; None for `least_agreement(floor)`.
 
     Raises:
         MicronetError: it can't be exported or quantised, or loses more: no file is kept.
@@ -89,12 +93,14 @@ def to_int8(source: "ModelSource", path: Path, data: Data, how: Int8, *, floor: 
     check_zeros(calibration.proto, source.masks or {}, source.name)
     told = {name: value for name, value in vars(how).items() if name not in ("rank", "keep_float")}
     told |= {"images": len(places), "keep_float": list(kept)}
-    found = _keep(source, made, proto, path, data, "int8", told, floor)
+    found = _keep(source, made, proto, path, data, "int8", told, floor, agreement)
     notes = (*_sparse_notes(source), *([f"in float: {', '.join(kept)}"] if kept else []))
     return replace(found, ranking=ranking, notes=notes)
 
 
-def to_float16(source: "ModelSource", path: Path, data: Data, *, compute: bool, floor: float) -> Quantised:
+def to_float16(
+    source: "ModelSource", path: Path, data: Data, *, compute: bool, floor: float, agreement: float | None = None
+) -> Quantised:
     """Write a network as an ONNX file whose weights are stored in 16 bits.
 
     Args:
@@ -103,6 +109,7 @@ def to_float16(source: "ModelSource", path: Path, data: Data, *, compute: bool, 
         data: its image sets, normalised as it is to see them.
         compute: whether the file says to compute in float16, too.
         floor: most percentage points of top-1 that it may lose on the validation images.
+        agreement: least share of them that keep their class, in [0, 1]; None for `least_agreement(floor)`.
 
     Raises:
         MicronetError: it can't be exported, a weight is beyond float16, or it loses more: no file is kept.
@@ -121,11 +128,21 @@ def to_float16(source: "ModelSource", path: Path, data: Data, *, compute: bool, 
             else "onnxruntime has no float16 kernels for this CPU: here it computes in float32, no faster than without "
             "--compute",
         )
-    found = _keep(source, made, proto, path, data, "float16", {"compute": "float16" if compute else "float32"}, floor)
+    how = {"compute": "float16" if compute else "float32"}
+    found = _keep(source, made, proto, path, data, "float16", how, floor, agreement)
     return replace(found, notes=notes)
 
 
-def to_minmax8(bundle: Bundle, path: Path, data: Data, *, factory: Any = None, name: str, floor: float) -> Quantised:
+def to_minmax8(
+    bundle: Bundle,
+    path: Path,
+    data: Data,
+    *,
+    factory: Any = None,
+    name: str,
+    floor: float,
+    agreement: float | None = None,
+) -> Quantised:
     """Write a bundle whose weights are stored in 8 bits, as `minmax8` has it.
 
     Args:
@@ -135,32 +152,33 @@ def to_minmax8(bundle: Bundle, path: Path, data: Data, *, factory: Any = None, n
         factory: the function that `bundle.factory` names, where that is not on the allow-list.
         name: of the network, for messages.
         floor: most percentage points of top-1 that it may lose on the validation images.
+        agreement: least share of them that keep their class, in [0, 1]; None for `least_agreement(floor)`.
 
     Raises:
         MicronetError: a weight is no finite number, or it loses more: no file is kept.
     """
     images = validation(data)
     with whole_or_absent(path) as beside:
+        save(bundle, beside, factory=factory)
+        float_size = beside.stat().st_size
         save(bundle, beside, dtype=torch.uint8, factory=factory)
         coded = load(beside, factory=factory)
-        parity = compare(bundle.model.eval(), coded.model, images.normalise(images.scaled()), images.labels)
-        lost = 100 * (parity.before - parity.after) / parity.images
-        if lost > floor:
-            raise MicronetError(
-                f"{name}: at 8 bits right on {parity.after:,} of {images.told}, before on {parity.before:,}: it loses "
-                f"{lost:.2f} points, at most {floor:g} are allowed (--floor); no file was kept"
-            )
+        seen = (_of_pixels(form, images) for form in (bundle.model.eval(), coded.model))
+        parity = compare(*seen, images.pixels, images.labels)
+        least = least_agreement(floor) if agreement is None else agreement
+        try:
+            require(parity, images.told, floor=least, most_lost=floor, options=OPTIONS)
+        except MicronetError as error:
+            raise MicronetError(f"{name}: at 8 bits {error}; no file was kept") from error
         size = beside.stat().st_size
-    before = bundle.model.state_dict()
-    floats = {key: value for key, value in before.items() if value.is_floating_point()}
+    floats = {key: value for key, value in bundle.model.state_dict().items() if value.is_floating_point()}
     numbers = sum(value.numel() for value in floats.values())
-    others = sum(value.numel() * value.element_size() for key, value in before.items() if key not in floats)
     return Quantised(
         path=path,
         to="minmax8",
         bytes=size,
-        graph_bytes=numbers + 8 * len(floats) + others,
-        float_bytes=4 * numbers + others,
+        graph_bytes=size,
+        float_bytes=float_size,
         images=images.told,
         parity=parity,
         how={"params": sum(p.numel() for p in bundle.model.parameters()), "numbers": numbers},
@@ -185,6 +203,10 @@ def validation(data: Data) -> RealImages:
         )
     told = f"{len(data.valid):,} validation images of {data.name}"
     return RealImages(pixels=data.valid.images, labels=data.valid.labels, mean=data.mean, std=data.std, told=told)
+
+
+def _of_pixels(form: Answers, images: RealImages) -> Answers:
+    return lambda pixels: form(images.normalise(images.scaled(pixels)))
 
 
 def _export(source: "ModelSource", data: Data) -> Any:
@@ -212,12 +234,30 @@ def _rank(calibration: Calibration, data: Data) -> Ranking:
 
 
 def _keep(
-    source: "ModelSource", made: Any, proto: Any, path: Path, data: Data, to: str, how: dict[str, Any], floor: float
+    source: "ModelSource",
+    made: Any,
+    proto: Any,
+    path: Path,
+    data: Data,
+    to: str,
+    how: dict[str, Any],
+    floor: float,
+    agreement: float | None,
 ) -> Quantised:
     """Pass a graph through the gate, beside the float one."""
     images, size = validation(data), made.ByteSize()
     meta = described(source, data, made={to: how})
-    kept = keep(made, path, source=_answers(proto), images=images, meta=meta, floor=0, tolerance=None, most_lost=floor)
+    kept = keep(
+        made,
+        path,
+        source=_answers(proto),
+        images=images,
+        meta=meta,
+        floor=least_agreement(floor) if agreement is None else agreement,
+        tolerance=None,
+        most_lost=floor,
+        options=OPTIONS,
+    )
     return Quantised(
         path=path,
         to=to,

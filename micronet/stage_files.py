@@ -73,21 +73,24 @@ def keep_onnx(made: "OnnxFile", bundle: Bundle, data: Data, place: Path, *, test
         test: whether this is the run's end.
 
     Raises:
-        MicronetError: it is not sound, or does not run: no file is kept.
+        MicronetError: it is not sound, does not run, or answers otherwise than the network: no file is kept.
     """
     import onnx
 
     from micronet.deploy import described, keep
     from micronet.measure import OnnxModule
     from micronet.model_source import of_bundle
+    from micronet.parity import MOST_LOST, least_agreement
     from micronet.quantize import validation
 
     file = place / made.name
     seen = replace(data, mean=bundle.mean, std=bundle.std)
     meta = described(of_bundle(bundle, made.name), seen, made={"made": made.how})
     proto, images = onnx.load_from_string(made.content), validation(data)
-    # The callback has compared accuracies already, by its own floor.
-    keep(proto, file, source=bundle.model.eval(), images=images, meta=meta, floor=0, tolerance=None)
+    most = MOST_LOST if made.floor is None else made.floor
+    by = ("floor of the callback",) * 2
+    least, source = least_agreement(most), bundle.model.eval()
+    keep(proto, file, source=source, images=images, meta=meta, floor=least, tolerance=None, most_lost=most, options=by)
     found = {"file": made.name, "file_bytes": file.stat().st_size}
     return found | _answers(OnnxModule(file), data, "cpu", test) | _costs(score(file))
 

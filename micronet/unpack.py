@@ -6,6 +6,8 @@ The file has one tensor for each array of the ledger, under its name in the stat
 - uint8, a string of bits: the mask of a sparse array and the numbers or codes that it keeps, or codes of 1 to 8 bits
   (`bits.py`). Codes are two's complement; times the scale of their row they are the weights;
 - `__coded__`, where masks and codes were coded (`entropy.py`): all that it holds, in the order of the header's `coded`.
+  The header's `decoded` is a SHA-256 of what it decodes to, so that no version of a decoder makes another network of
+  it; older files lack it.
 
 The header's metadata holds JSON that says how the network is built, as `model.pth` does, and a SHA-256 of it and of all
 tensors. Reading a file runs no code of its own, and takes no more memory than what it holds.

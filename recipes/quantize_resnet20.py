@@ -1,10 +1,15 @@
 """ResNet-20 with weights and activations of four bits, trained that way.
 
-Result: not run yet.
-Cost: not run yet.
+Result: 5 epochs, seeds 0, 1, 2: 90.49, 90.47 and 90.25 % top-1 (9,049, 9,047 and 9,025 of 10,000 test images),
+    validation 898, 903 and 904 of 1,000; storage 35,606 words by the official rules. The same training in float:
+    90.63, 90.41, 90.44 % (9,063, 9,041, 9,044). The base has 90.38 % (9,038) and 135,845 words. From the network with
+    60 % zeros (9,053) to 4 bits, seed 0: 90.58 % (9,058), 23,733 words.
+Cost: 11 min 38 s, the control 8 min 6 s, on 1 core of an AMD EPYC with AVX512-BF16, beside other work (bf16, 1 thread,
+    torch 2.14.1).
 Run: micronet fit recipes/quantize_resnet20.py
      micronet fit recipes/quantize_resnet20.py -s weight_bits=3 -s act_bits=3 -o runs/quantize3
      micronet fit recipes/quantize_resnet20.py -s control=True -o runs/quantize_control
+     micronet fit recipes/quantize_resnet20.py -s base=runs/sparsify_resnet20/model.pth -o runs/sparse_quantized
 Source: Esser et al. 2020, "Learned Step Size Quantization", https://arxiv.org/abs/1902.08153.
 """
 

@@ -1,5 +1,6 @@
 """Whole commands on files that are wrong: one clear line, exit status 1, and the disk as it was."""
 
+import os
 import re
 import zlib
 from functools import partial
@@ -101,7 +102,7 @@ SPOILT = {
     "future packed": ("model.safetensors", packed_future, "format version 99.*update micronet"),
     "unknown operator": ("model.onnx", partial(filled, content=graph(op="Magic")), "Magic"),
 }
-TAKE_ONNX = ("score", "evaluate", "predict")
+TAKE_ONNX = ("score", "evaluate", "predict", "bench")
 COMMANDS = {
     "export": lambda path, out: ("export", path, "-o", out / "out.onnx"),
     "quantize": lambda path, out: ("quantize", path, "-o", out / "out.onnx", "--json", out / "out.json"),
@@ -111,6 +112,7 @@ COMMANDS = {
     "score": lambda path, out: ("score", path),
     "evaluate": lambda path, out: ("evaluate", path, "--data", "digits", "-o", out / "out.png"),
     "predict": lambda path, out: ("predict", path, out / "image.png"),
+    "bench": lambda path, out: ("bench", path, "--seconds", "0.1", "-o", out / "out.png", "--json", out / "out.json"),
 }
 
 
@@ -132,12 +134,78 @@ def test_a_wrong_file_is_one_line_of_every_command(spoilt, good, call, tmp_path,
         if spoilt in (".pth as .onnx", "packed as .onnx") and command in ("pack", "unpack", "sensitivity"):
             continue  # these look at the content: under another name it is a model file all the same
         status, said, error = call(*arguments(path, out))
+        error = error.removeprefix("micronet: opening 1 model\n")  # of bench, which says what it does
         assert (status, said, error.count("\n")) == (1, "", 1), (command, error)
         assert error.startswith(f"micronet: {path}"), (command, error)
         taken = command in TAKE_ONNX if path.suffix == ".onnx" else command != "unpack" or path.suffix != ".pth"
         if taken:
             assert any(part.search(error) for part in map(re.compile, says.split("|"))), (command, error)
     assert {file: file.is_file() and file.read_bytes() for file in tmp_path.rglob("*")} == before
+
+
+# Operators of its own, a key of ten bytes; a length of 2 ** 64 - 1, one of 2 ** 63 - 1; an end in the middle of one.
+HOSTILE = {
+    "length of 70 bits": b"\x08\x08\x3a" + b"\xff" * 9 + b"\x7f",
+    "length of 64 bits": b"\x08\x08\x3a" + b"\xff" * 9 + b"\x01",
+    "length of 63 bits": b"\x08\x08\x3a" + b"\xff" * 8 + b"\x7f",
+    "length of 32 bits": b"\x08\x08\x3a" + b"\xff" * 4 + b"\x0f",
+    "length beyond the end": b"\x08\x08\x3a\x05abcd",
+    "key of ten bytes": b"\xff" * 9 + b"\x7f" + b"\0",
+    "length cut off": b"\x08\x08\x3a\xff",
+}
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_lengths_that_no_file_has(hostile, call, tmp_path):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(HOSTILE[hostile] + b"\0" * 40)
+    Image.new("RGB", (9, 7)).save(tmp_path / "i.png")
+    status, said, error = call("predict", path, tmp_path / "i.png")
+    assert (status, said, error.count("\n")) == (1, "", 1)
+    assert error.startswith(f"micronet: {path}: ")
+
+
+# What is read, what would be written over it.
+OVER = {
+    "export": ("export", "MODEL.pth", "-o", "LINK.onnx"),
+    "quantize json": ("quantize", "MODEL.pth", "-o", "new.onnx", "--json", "MODEL.pth"),
+    "quantize twice": ("quantize", "MODEL.pth", "-o", "new.onnx", "--json", "new.onnx"),
+    "quantize float16": ("quantize", "MODEL.pth", "--to", "minmax8", "-o", "MODEL.pth"),
+    "pack": ("pack", "MODEL.safetensors"),
+    "unpack": ("unpack", "MODEL.safetensors", "-o", "PACKED.pth"),
+    "bench": ("bench", "MODEL.onnx", "-o", "MODEL.onnx"),
+    "bench second": ("bench", "MODEL.pth", "MODEL.onnx", "--json", "./MODEL.onnx"),
+    "bench twice": ("bench", "MODEL.onnx", "-o", "new", "--json", "new"),
+    "bench factory": ("bench", "MODEL.onnx", "--factory", "net.py:make", "-o", "net.py"),
+    "evaluate": ("evaluate", "MODEL.onnx", "--data", "digits", "-o", "MODEL.onnx"),
+    "sensitivity": ("sensitivity", "MODEL.pth", "--data", "digits", "-o", "MODEL.pth"),
+    "sensitivity json": ("sensitivity", "MODEL.pth", "--data", "digits", "--json", "MODEL.pth"),
+    "sensitivity twice": ("sensitivity", "MODEL.pth", "--data", "digits", "--json", "x", "-o", "x"),
+    "lr-find": ("lr-find", "net.py", "-o", "net.py"),
+    "data show": ("data", "show", "net.py", "-o", "net.py"),
+}
+
+
+@pytest.mark.parametrize("over", OVER)
+def test_nothing_is_written_over_what_is_read(over, good, call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for suffix in ("pth", "safetensors", "onnx"):
+        (tmp_path / f"MODEL.{suffix}").write_bytes((good / f"model.{suffix}").read_bytes())
+    (tmp_path / "net.py").write_text("raise SystemExit('was run')")
+    os.link("MODEL.pth", "LINK.onnx")
+    os.symlink("MODEL.safetensors", "PACKED.pth")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    status, said, error = call(*OVER[over])
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert (status, said, error.count("\n")) == (1, "", 1), error
+    assert ("would be written to it" if "twice" in over else "is what is read; name another file with -") in error
+
+
+@pytest.mark.parametrize("seconds", ["inf", "nan", "1e300"])
+def test_a_time_that_is_none_is_refused(seconds, good, call):
+    status, said, error = call("bench", good / "model.onnx", "--seconds", seconds)
+    assert (status, said) == (2, "")
+    assert "--seconds" in error
 
 
 PICTURES = {

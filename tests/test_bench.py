@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,16 +16,20 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from test_pack import bundled, quantised
 
 import micronet.bench as module
 import micronet.bench_process
 import micronet.bench_worker
+from micronet import machine
 from micronet.bench import bench
 from micronet.bench_process import Process, pick_cores
 from micronet.bench_results import Options
 from micronet.bench_runtimes import OnnxModel, peak_memory
 from micronet.bench_worker import Waits, Worker
 from micronet.errors import MicronetError
+from micronet.models import separable_net
+from micronet.pack import pack
 
 COMMITTED = Path(__file__).parent / "data" / "resnet20_cifar10.pth"
 LINUX = Path("/proc/self/status").exists()
@@ -312,6 +317,34 @@ def test_what_cannot_be_done_is_one_line(arguments, says, files, call, monkeypat
     assert last.startswith("micronet: ")
     assert says in last
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("how", [{"runtime": "onnxruntime"}, {"per_layer": True}])
+def test_quantised_layers_are_not_exported_without_ranges(how, tmp_path):
+    """They would run in float where the file that `micronet export` writes runs on integers."""
+    pack(quantised(bundled(separable_net, num_classes=3, width_multiplier=0.125), 4), tmp_path / "q.safetensors")
+    with pytest.raises(MicronetError, match=r"q\.safetensors: its layers are quantised: run `micronet export` first"):
+        bench([str(tmp_path / "q.safetensors")], replace(QUICK, **how))
+
+
+CPUINFO = {
+    "flags\t\t: fpu avx2 avx_vnni": (["avx2", "avx_vnni"], True),
+    "flags\t\t: fpu avx2 avx512f avx512_vnni amx_int8": (["avx2", "avx512f", "avx512_vnni", "amx_int8"], True),
+    "flags\t\t: fpu avx2 avx512f": (["avx2", "avx512f"], False),
+    "BogoMIPS\t: 50.00\nFeatures\t: fp asimd asimddp sve i8mm": (["asimd", "i8mm", "sve", "asimddp"], True),
+    "Features\t: fp asimd crc32": (["asimd"], False),
+    "": ([], False),
+}
+
+
+@pytest.mark.parametrize("told", CPUINFO)
+def test_instruction_sets_are_read_on_x86_and_on_arm(told, tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{told}\n\nprocessor\t: 1\n")
+    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "cpuinfo")
+    sets, dot = CPUINFO[told]
+    assert (machine.hardware("cpu")["instruction_sets"], machine.int8_dot()) == (sets, dot)
+    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "none")
+    assert not machine.int8_dot()
 
 
 def test_files_that_bench_cannot_run_say_why(files, tmp_path):

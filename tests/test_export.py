@@ -162,6 +162,30 @@ def test_no_path_and_nothing_of_the_machine_is_in_the_file(exported, folder):
     assert told == {"x": ["set", "", "cats", "a:b", 3, None]}
 
 
+def test_what_is_no_path_stays_as_it_is():
+    same = [
+        *("1/2", "feature/int8", "https://arxiv.org/abs/2201.01741", "see https://a.org/b/c", "~5 % / lost", "AC/DC"),
+        *("Result: 90 % / not run yet", "100 images /s", "src:tests/x", r"\d+\s"),
+    ]
+    assert without_paths(same) == same
+
+
+def test_paths_lose_their_folders_alone_and_in_a_text():
+    for path, last in {
+        "/srv/my data/x": "x",
+        "~bob/": "",
+        "C:/Users/eve": "",
+        "\\\\host\\share\\x": "x",
+        "./a/b": "b",
+        "../b": "b",
+        "file:///home/bob/x": "x",
+        "see file:///home/bob/x, too": "see x, too",
+        "fit /home/bob/r.py -o=/tmp/q/z --data ~/d/e": "fit r.py -o=z --data e",
+        "factory:/srv/net.py": "factory:net.py",
+    }.items():
+        assert without_paths(path) == last
+
+
 def test_zeros_stay_zeros(exported, folder):
     masks, held = load(folder / "model.pth").masks, weights(exported[1].path)
     for name, mask in masks.items():  # each under its name

@@ -1,6 +1,7 @@
 """`micronet export` of networks that were trained with quantised layers: codes, kernels, ledger, gate."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -181,6 +182,18 @@ def test_a_file_that_loses_more_than_the_floor_is_not_kept(call, trained, tmp_pa
     assert out.read_bytes() == b"an earlier file"
     assert call("export", trained, "-o", out, "--floor", "0", "--images", "50")[0] == 0
     assert read_meta(out).gate["number"] == 50
+
+
+def test_other_classes_keep_no_file_however_seldom_the_network_is_right(trained, tmp_path, monkeypatch):
+    """By labels that are nobody's answer nothing can be lost."""
+    from micronet.model_source import open_model
+
+    data = digits(valid=0.2)
+    data = replace(data, valid=replace(data.valid, labels=torch.full_like(data.valid.labels, 10)))
+    monkeypatch.setattr(module, "integer_kernels", lambda proto, images: integer_kernels(proto, images * 1e-3))
+    with pytest.raises(MicronetError, match=r"at least 80 % must agree \(--floor\); no file was kept"):
+        module.export_quantised(open_model(trained), tmp_path / "m.onnx", data)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_int4_of_a_float_network_is_refused_before_anything_is_written(call, tmp_path):

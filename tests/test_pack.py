@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import micronet.deployed as deploying
 import micronet.pack as packing
 from callbacks.affine import ChannelAffine, as_affine
 from callbacks.fake_quantize import quantise_layer, quantised_layers, weight_range
@@ -46,6 +47,7 @@ def lively(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def bundled(build_it, **kwargs) -> Bundle:
+    torch.manual_seed(0)
     return Bundle(
         model=lively(build_it(**kwargs)),
         factory=f"{build_it.__module__}:{build_it.__name__}",
@@ -117,9 +119,12 @@ def require_packed(bundle: Bundle, path: Path, *, float16: bool = False, factory
     images = torch.randn(3, *bundle.input_size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert torch.equal(found.model(images), folded.model(images))
-        if not float16 and not found.bits:  # rounding to codes makes much of float32's last bit
-            before = bundle.model(images)
-            assert (found.model(images) - before).norm() <= 1e-5 * before.norm()
+        before = bundle.model(images)
+        apart, size = (found.model(images) - before).norm(dim=1), before.norm(dim=1)
+    if not found.bits:
+        assert (apart <= (2e-3 if float16 else 1e-5) * size).all()
+    else:  # rounding to codes makes much of float32's last bit, in some images
+        assert (apart <= (0.3 if float16 else 0.01) * size).sum() >= 2
 
 
 def test_the_committed_resnet20_takes_what_its_layers_hold(tmp_path, call):
@@ -191,6 +196,7 @@ def test_any_network_takes_what_its_ledger_says(
     tmp_path_factory, channels, groups, bias, before, behind, twice, share, bits, float16
 ):
     kwargs = {"channels": channels, "groups": groups, "bias": bias, "before": before, "behind": behind, "twice": twice}
+    torch.manual_seed(channels)
     model = lively(Drawn(**kwargs), seed=channels)
     bundle = Bundle(model, "test_pack:Drawn", kwargs, ("a", "b", "c"), (3, 8, 8), (0.0,) * 3, (1.0,) * 3)
     if share is not None:
@@ -266,6 +272,58 @@ def test_numbers_of_16_bits_are_rounded_once(tmp_path):
     with pytest.raises(MicronetError, match=r"holds numbers beyond 65,504"):
         pack(bundle, tmp_path / "b.safetensors", float16=True)
     assert not (tmp_path / "b.safetensors").exists()
+
+
+@pytest.mark.parametrize("float16", [False, True])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_fold_that_is_wrong_keeps_no_file(bits, float16, tmp_path, monkeypatch):
+    """The file is what was to be written, and that is not the network: the sign of all weights is wrong."""
+    bundle = load(RESNET) if bits is None else quantised(load(RESNET), bits)
+    fold = deploying.fold_norms
+
+    def wrong(model, layers):
+        fold(model, layers)
+        for parameter in model.parameters():
+            if parameter.dim() == 4:
+                parameter.data.neg_()
+
+    (tmp_path / "a.safetensors").write_text("the old file")
+    with monkeypatch.context() as patch:
+        patch.setattr(deploying, "fold_norms", wrong)
+        with pytest.raises(MicronetError, match=r"a\.safetensors: does not answer as the network that was packed: rel"):
+            pack(bundle, tmp_path / "a.safetensors", float16=float16)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+    assert (tmp_path / "a.safetensors").read_text() == "the old file"
+    assert pack(bundle, tmp_path / "a.safetensors", float16=float16).apart.shape == (packing.PROBES,)
+
+
+@pytest.mark.parametrize(
+    ("factor", "said"),
+    [
+        (1e-9, "fc.weight holds numbers below 6e-8 alone, which 16 bits make 0: pack it in float32"),
+        (1e-6, "does not answer as the network that was packed"),  # rounded to a multiple of 6e-8
+    ],
+)
+def test_numbers_that_16_bits_make_zero_keep_no_file(factor, said, tmp_path, call):
+    bundle = load(RESNET)
+    with torch.no_grad():
+        bundle.model.fc.weight.mul_(factor)
+        bundle.model.fc.bias.mul_(factor)
+    save(bundle, tmp_path / "m.pth")
+    status, _, error = call("pack", tmp_path / "m.pth", "--float16")
+    assert (status, error.count("\n"), said in error) == (1, 1, True)
+    assert [file.name for file in tmp_path.iterdir()] == ["m.pth"]
+    assert call("pack", tmp_path / "m.pth")[0] == 0
+
+
+def test_what_16_bits_change_is_said(tmp_path, call):
+    out = call("pack", RESNET, "-o", tmp_path / "a.safetensors", "--float16")[1]
+    images = torch.randn(packing.PROBES, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before, after = (load(path).model(images).double() for path in (RESNET, tmp_path / "a.safetensors"))
+    apart = (after - before).norm(dim=1) / before.norm(dim=1)
+    assert 1e-4 < apart.max() < 2e-3
+    assert f"relative error of the logits {float(apart.max()):.1e} at most" in " ".join(out.split())
 
 
 class Headed(nn.Module):

@@ -15,6 +15,7 @@ from test_pack import bundled, masked, quantised
 
 from micronet import MicronetError, load
 from micronet.bundle import save
+from micronet.entropy import Decoder
 from micronet.model_source import open_model
 from micronet.models import separable_net
 from micronet.pack import pack
@@ -163,6 +164,31 @@ def test_codes_that_lie(files, tmp_path):
     ):
         rewritten(files / f"{name}.safetensors", path, lambda c, t, change=change: _only(change(c, t)))
         assert message in refused(path)
+
+
+def test_a_decoder_that_makes_others_of_the_same_bytes_is_found_out(files, tmp_path, monkeypatch):
+    """As another version of the package that codes could: all bytes are right, the last code is not."""
+    old = rewritten(files / "coded.safetensors", tmp_path / "old.safetensors", lambda c, t: c.pop("decoded") and None)
+    right, original = read(files / "coded.safetensors").bundle.model.state_dict(), Decoder.codes
+    assert same_network(read(old), right)
+    with monkeypatch.context() as patch:
+
+        def others(self, count, bits):
+            taken = self._decoded
+            self._decoded = lambda model, given: taken(model, given) ^ 1
+            try:
+                return original(self, count, bits)
+            finally:
+                self._decoded = taken
+
+        patch.setattr(Decoder, "codes", others)
+        assert not same_network(read(old), right)
+        assert "decoded to others than were written" in refused(files / "coded.safetensors")
+    assert same_network(read(files / "coded.safetensors"), right)
+
+
+def same_network(packed: Packed, state: dict) -> bool:
+    return all(torch.equal(value, state[name]) for name, value in packed.bundle.model.state_dict().items())
 
 
 def raw(tensors: dict, metadata: dict, data: bytes = b"") -> bytes:

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from micronet.parity import compare, relative_errors
+from micronet import MicronetError
+from micronet.parity import compare, least_agreement, relative_errors, require
 
 
 def answers(logits):
@@ -80,3 +81,24 @@ def test_batches_and_order_change_nothing(rows, batch):
     turned = compare(answers(before), answers(after), images.flip(0))
     assert turned.relative_error == whole.relative_error
     assert turned.disagreeing == tuple(sorted(len(rows) - 1 - place for place in whole.disagreeing))
+
+
+def test_who_allows_a_loss_allows_other_classes():
+    assert [least_agreement(points) for points in (0, 1, 20)] == [0.8, 0.8, 0.8]
+    assert least_agreement(50) == 0.5
+    assert least_agreement(100) == least_agreement(1000) == 0
+
+
+def test_what_is_required():
+    found = compare(answers(BEFORE), answers(AFTER), numbered(4), torch.tensor([1, 0, 0, 1]))  # 3 of 4 agree, 2 -> 3
+    require(found, "4 images", floor=0.75, most_lost=0)
+    with pytest.raises(
+        MicronetError, match=r"1 \(image 1, counted from 0\) of 4 images gets .* 80 % must .*\(--floor\)"
+    ):
+        require(found, "4 images", floor=0.8)
+    with pytest.raises(MicronetError, match=r"relative error 1\.4 on 4 images, at most 0\.1 is allowed"):
+        require(found, "4 images", floor=0, tolerance=0.1)
+    turned = compare(answers(AFTER), answers(BEFORE), numbered(4), torch.tensor([1, 0, 0, 1]))
+    with pytest.raises(MicronetError, match=r"loses 25\.00 points, at most 24 are allowed \(b\)"):
+        require(turned, "4 images", floor=1, most_lost=24, options=("a", "b"))
+    require(turned, "4 images", floor=0, most_lost=25)

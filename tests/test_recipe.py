@@ -1,5 +1,6 @@
 """Recipes: values, their description, the options that the command line gives them - and every recipe file, run."""
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -142,6 +143,8 @@ def test_recipe_headers_say_result_cost_run_and_source(file):
     text = file.read_text()
     for part in ("Result:", "Cost:", "Run:", "Source:"):
         assert part in text.split('"""')[1], f"{file.name} lacks {part}"
+    result = text.partition("Result:")[2].partition("Cost:")[0]
+    assert re.search(r"\d[\d,]* of [\d,]+ test images", " ".join(result.split())), f"{file.name} counts no test images"
     assert len(text.splitlines()) <= 80
 
 

@@ -1,5 +1,6 @@
 """What a stage leaves beside its network: an ONNX file with numbers of its own, measured on the file."""
 
+import copy
 import io
 import json
 from functools import partial
@@ -9,6 +10,7 @@ import pytest
 from fastai.callback.core import Callback
 from rich.console import Console
 
+from callbacks.onnx_export import export_onnx
 from callbacks.protocol import OnnxFile
 from callbacks.quantize import QuantizeInt8
 from micronet import Fit, MicronetError, Recipe, RunOptions, run, score
@@ -80,6 +82,39 @@ class Leaves(Callback):
 def test_a_graph_that_is_not_sound_is_not_kept(tmp_path):
     recipe = Recipe(partial(digits, batch_size=32), NETWORK, (Fit("broken", epochs=0, cbs=(Leaves,)),))
     with pytest.raises(MicronetError, match=r"broken.onnx: .*; no file was kept"):
+        run(recipe, tmp_path / "r", LIMIT)
+    assert not [*(tmp_path / "r").rglob("*.onnx"), *(tmp_path / "r").rglob("row.json")]
+
+
+class Turned(Callback):
+    """Leaves a graph that names the least likely class."""
+
+    floor = None
+
+    @property
+    def onnx(self) -> OnnxFile:
+        turned = copy.deepcopy(self.learn.model).cpu().eval()
+        turned.fc.weight.data.neg_()
+        turned.fc.bias.data.neg_()
+        return OnnxFile("turned.onnx", export_onnx(turned, (3, 32, 32)).SerializeToString(), {}, self.floor)
+
+
+class Tolerated(Turned):
+    """Says that it may lose much."""
+
+    floor = 20
+
+
+@pytest.mark.parametrize(
+    ("cb", "says"),
+    [
+        (Turned, r"of the callback\); no file was kept"),
+        (Tolerated, r"at least 80 % must agree \(floor of the callback\); no file was kept"),
+    ],
+)
+def test_a_graph_that_answers_otherwise_is_not_kept_whatever_callback_made_it(cb, says, tmp_path):
+    recipe = Recipe(partial(digits, batch_size=32), NETWORK, (Fit("turned", epochs=0, cbs=(cb,)),))
+    with pytest.raises(MicronetError, match=rf"turned.onnx: .*{says}"):
         run(recipe, tmp_path / "r", LIMIT)
     assert not [*(tmp_path / "r").rglob("*.onnx"), *(tmp_path / "r").rglob("row.json")]
 
