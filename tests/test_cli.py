@@ -153,7 +153,7 @@ def test_fetch_names_where_a_set_is(call):
         (("data", "fetch", "cifar1000"), "there is no data set 'cifar1000'"),
         (("data", "show", "cifar1000"), "no data set 'cifar1000'"),
         (("evaluate", "nothing.pth", "--data", "digits"), "nothing.pth: no such file"),
-        (("data", "show", "digits", "-o", "nowhere/g"), "nowhere/g: No such file or directory"),
+        (("data", "show", "digits", "-o", "nowhere/g"), "nowhere: no such folder to write g to"),
         (("score", "x.pth", "--factory", "README.md:make"), "README.md is not a Python file"),
         (("lr-find", "recipes/resnet20_cifar10.py", "-s", "valid=0.0"), "valid must be"),
     ],

@@ -270,6 +270,7 @@ def masked_by_torch(num_classes: int) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 def test_what_a_plan_expects_of_some_layers_is_theirs(base):
     def stage(name, *cbs, **kwargs):
         return Fit(name, epochs=1, cbs=cbs, **kwargs)

@@ -251,6 +251,7 @@ def test_wrong_usage_is_told_apart(call, arguments, said):
     assert said in " ".join(error.replace("│", "").split())
 
 
+@pytest.mark.slow
 def test_the_gate_is_measured_on_the_whole_test_set(call, archive):
     status, out, _ = call("score", COMMITTED, "--rules", "imt", "--data", "cifar10", "-d", archive("cifar10").parent)
     assert status == 0

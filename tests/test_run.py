@@ -481,7 +481,12 @@ def test_a_compiled_fit_leaves_a_plain_network(tmp_path):
     assert list(bundle.model.state_dict()) == list(SMALL(num_classes=10).state_dict())
 
 
-@pytest.mark.parametrize("name", networks.__all__)
+LARGE = ("densenet121", "googlenet", "resnet110")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in networks.__all__]
+)
 def test_every_family_fits_a_few_steps_on_digits(name, tmp_path):
     build = getattr(networks, name)
     smaller = {"wide_resnet": {"depth": 10, "width": 1}, "densenet121": {"growth": 4}}
