@@ -13,6 +13,7 @@ from fastai.learner import Learner
 from callbacks.checkpoint import Checkpoint, EarlyStop, KeepBest
 from callbacks.masks import KeepZeros
 from callbacks.precision import bf16_speeds_up
+from callbacks.quantize import QuantizeInt8
 from callbacks.schedule import MultiStep, OneCycle, Step
 from micronet.data import Data
 from micronet.recipe import Fit
@@ -69,6 +70,10 @@ def check_stage(fit: Fit, learn: Learner, data: Data, device: str) -> Iterator[F
         data: the image sets.
         device: where to train.
     """
+    if data.valid_is_test and any(isinstance(cb, QuantizeInt8) for cb in learn.cbs):
+        yield Finding(
+            fit.name, True, "QuantizeInt8 ranks and judges on validation images, which are the test images here"
+        )
     if fit.epochs == 0:  # its other settings are as idle, and harmless
         own = list(learn.cbs)[len(learn.cbs) - len(fit.cbs) :]
         idle = [type(cb).__name__ for cb in own if not _acts(cb)]

@@ -20,6 +20,7 @@ from callbacks.ema import EMA
 from callbacks.expected import requantised
 from callbacks.op_counter import OpCounter
 from callbacks.quant_aware import QuantAware
+from callbacks.quantize import QuantizeInt8
 from callbacks.ramp import OneShot
 from callbacks.schedule import Constant, MultiStep, Step
 from callbacks.sparsify import Sparsify
@@ -216,6 +217,12 @@ def test_a_choice_by_the_test_images_is_said():
     assert [str(finding).partition(" (")[0] for finding in result.findings] == [
         "best: note: the test images choose the epoch"
     ]
+
+
+def test_int8_that_the_test_images_would_judge_is_refused():
+    (finding,) = planned(Fit("int8", epochs=0, cbs=(QuantizeInt8,)), valid="test").findings
+    assert str(finding).startswith("int8: refused: QuantizeInt8 ranks and judges on validation images")
+    assert not planned(Fit("int8", epochs=0, cbs=(QuantizeInt8,))).findings
 
 
 class Watch(Callback):
