@@ -8,13 +8,12 @@ CPU of x86: it computes such a graph in float32, with the same error as the othe
 Source: the ONNX specification; float16 has 11 bits of mantissa, numbers up to 65504, and steps of 6e-8 near zero.
 """
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from callbacks.onnx_export import stripped
+from callbacks.onnx_run import rewritten
 
 LARGEST = 65504.0
 
@@ -99,17 +98,9 @@ def computes_half(proto: Any) -> bool:
     Args:
         proto: an `onnx.ModelProto`, as `computed_half` gives it.
     """
-    import onnx
-    import onnxruntime
+    from onnx import TensorProto
 
-    with tempfile.TemporaryDirectory() as folder:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        # Beyond that, it writes kernels' own formats of weights, which its file can't hold.
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-        options.optimized_model_filepath = str(Path(folder) / "rewritten.onnx")
-        onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        graph = onnx.load(options.optimized_model_filepath).graph
-    half = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT16}
+    graph = rewritten(proto, weights_as_they_are=True)
+    half = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT16}
     # A weight that is read by a Cast alone is computed with in float32.
     return any(name in half for node in graph.node if node.op_type != "Cast" for name in node.input)

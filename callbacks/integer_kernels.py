@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from callbacks.onnx_export import drop_unread
 from callbacks.onnx_run import open_session
 
 LAYERS = ("Conv", "Gemm", "MatMul")
@@ -284,7 +285,4 @@ def _sort(graph: Any) -> None:
         waiting = late
     del graph.node[:]
     graph.node.extend(sorted_)
-    read = {name for node in sorted_ for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    drop_unread(graph)

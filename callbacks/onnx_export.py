@@ -106,6 +106,18 @@ def export_onnx(model: nn.Module, input_size: Sequence[int], *, int4: bool = Fal
     return stripped(store_codes(proto, int4) if quantised else proto)
 
 
+def drop_unread(graph: Any) -> None:
+    """Take out the arrays that no node reads, in place.
+
+    Args:
+        graph: an `onnx.GraphProto` without subgraphs.
+    """
+    read = {name for node in graph.node for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
 def stripped(proto: Any) -> Any:
     """Take away what no runtime reads: notes, paths, stack traces, shapes of what lies between. In place.
 

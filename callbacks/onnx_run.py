@@ -36,19 +36,17 @@ class Kernels:
     packed_products: int
 
 
-def open_session(proto: Any, *, plain: bool = False, threads: int = 0) -> Run:
+def open_session(proto: Any, *, plain: bool = False) -> Run:
     """Open a graph; the result takes images and gives all outputs.
 
     Args:
         proto: an `onnx.ModelProto` with one input.
         plain: whether it runs as it is written, without onnxruntime's rewriting, which takes its time.
-        threads: to compute with; 0 for as many as there are cores.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    options.intra_op_num_threads = threads
     if plain:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -69,21 +67,34 @@ def logits(proto: Any, images: np.ndarray, batch: int = 64) -> np.ndarray:
     return np.concatenate([run(part)[0] for part in parts])
 
 
-def kernels(proto: Any) -> Kernels:
-    """Have onnxruntime rewrite a graph for this CPU, and count what it runs.
+def rewritten(proto: Any, *, weights_as_they_are: bool = False) -> Any:
+    """The graph that onnxruntime makes of one for this CPU, and runs: an `onnx.GraphProto`.
 
     Args:
         proto: an `onnx.ModelProto`.
+        weights_as_they_are: whether it stops before it writes kernels' own formats of weights, some of which no file
+            can hold.
     """
     import onnx
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    if weights_as_they_are:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "rewritten.onnx")
         onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        found = Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node)
+        return onnx.load(options.optimized_model_filepath).graph
+
+
+def kernels(proto: Any) -> Kernels:
+    """Have onnxruntime rewrite a graph for this CPU, and count what it runs.
+
+    Args:
+        proto: an `onnx.ModelProto`.
+    """
+    found = Counter(node.op_type for node in rewritten(proto).node)
 
     def number(*names: str) -> int:
         return sum(found[name] for name in names)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from callbacks.onnx_export import stripped
+from callbacks.onnx_export import drop_unread, stripped
 
 Range = tuple[float, float]
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -94,7 +94,7 @@ def _fold_factors(graph: Any) -> None:
             held[name].CopyFrom(numpy_helper.from_array(scaled.astype(np.float32), name))
         layer.output[0] = node.output[0]
         graph.node.remove(node)
-    _drop_unread(graph)
+    drop_unread(graph)
 
 
 def _readers(graph: Any) -> dict[str, list[Any]]:
@@ -104,13 +104,6 @@ def _readers(graph: Any) -> dict[str, list[Any]]:
         for name in node.input:
             found.setdefault(name, []).append(node)
     return found
-
-
-def _drop_unread(graph: Any) -> None:
-    read = {name for node in graph.node for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
 
 
 def layers_of(proto: Any) -> dict[str, str]:
@@ -225,7 +218,7 @@ def _tidy(graph: Any) -> None:
         held_codes = node.op_type == "DequantizeLinear" and node.input[0] in held and len(node.input) > 2
         if held_codes and node.output[0] in convolved and not numpy_helper.to_array(held[node.input[2]]).any():
             del node.input[2]
-    _drop_unread(graph)
+    drop_unread(graph)
     told = {value.name for value in [*graph.input, *graph.output]} | set(held)
     short: dict[str, str] = {}
     for node in graph.node:

@@ -178,8 +178,7 @@ def _lines(kept: "Kept", source: "ModelSource", data: "Data") -> list[str]:
         lines.append(f"its file names no classes and no mean and std: those of {data.name} were written")
     if kept.uncounted:
         lines.append(f"no score was written: {kept.uncounted}")
-    zeros = sum(int((~mask).sum()) for mask in (source.masks or {}).values())
-    if zeros:
+    if zeros := source.masked_zeros:
         lines.append(
             f"{zeros:,} zeros are stored as numbers: an ONNX file of a sparse network is no smaller, no faster"
         )

@@ -1,5 +1,7 @@
 """The one exception that means: the user can mend this."""
 
+from pathlib import Path
+
 from callbacks.errors import first_line as first_line
 
 
@@ -8,3 +10,16 @@ class MicronetError(Exception):
 
     The command line prints the message without a traceback and exits with status 1.
     """
+
+
+def require_file(path: Path) -> None:
+    """Refuse a path that leads to no file.
+
+    Args:
+        path: of a file that is to be read.
+
+    Raises:
+        MicronetError: it is a folder, or nothing.
+    """
+    if not path.is_file():
+        raise MicronetError(f"{path}: {'is a folder; name a file in it' if path.is_dir() else 'no such file'}")

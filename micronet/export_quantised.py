@@ -22,7 +22,7 @@ from callbacks.quantize import chosen_images
 from micronet.data import Data
 from micronet.deploy import Kept, check_zeros, described, keep
 from micronet.errors import MicronetError, first_line
-from micronet.gate_images import normalised, real_images
+from micronet.gate_images import normalised, real_images, scaled
 from micronet.model_source import ModelSource, open_model
 from micronet.parity import AGREEMENT, MOST_LOST
 from micronet.rules import official
@@ -100,8 +100,7 @@ def export_quantised(
         proto = export_onnx(source.module, data.input_size, int4=int4)
         if not int4:
             places = chosen_images(len(data.train), IMAGES, SEED)
-            pixels = data.train.images[places].contiguous().float() / 255
-            proto = integer_kernels(proto, normalised(pixels, data))
+            proto = integer_kernels(proto, normalised(scaled(data.train.images[places]), data))
             how |= {"images": len(places), "calibrate": "train", "seed": SEED}
         if normalise:
             normalising(proto, data.mean, data.std)

@@ -9,6 +9,11 @@ from micronet.data import Data
 from micronet.data.splits import spread
 
 
+def scaled(pixels: Tensor) -> Tensor:
+    """Images of uint8 as float32 in [0, 1], four times their bytes."""
+    return pixels.contiguous().float() / 255
+
+
 def normalised(scaled: Tensor, how: "RealImages | Data") -> Tensor:
     """Images from 0 to 1 as a network takes them.
 
@@ -44,7 +49,7 @@ class RealImages:
         Args:
             pixels: some of them, uint8; None for all, which is four times their bytes.
         """
-        return (self.pixels if pixels is None else pixels).contiguous().float() / 255
+        return scaled(self.pixels if pixels is None else pixels)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Scaled images as the network takes them."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from callbacks.ledger import Ledger, UnknownOperation, build
-from micronet.errors import MicronetError, first_line
+from micronet.errors import MicronetError, first_line, require_file
 from micronet.named_networks import DEFAULT_SIZE, build_named
 
 if TYPE_CHECKING:
@@ -45,6 +45,11 @@ class ModelSource:
     std: tuple[float, ...] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     float_bits: int = 32
+
+    @property
+    def masked_zeros(self) -> int:
+        """How many of its weights masks declare to be zero."""
+        return sum(int((~mask).sum()) for mask in (self.masks or {}).values())
 
     def graph(self) -> "Graph":
         """Read the network as a graph.
@@ -174,8 +179,7 @@ def of_onnx(name: str, input_size: tuple[Any, ...] | None = None) -> ModelSource
 def _torch_load(path: Path, *, weights_only: bool) -> Any:
     import torch
 
-    if not path.is_file():
-        raise MicronetError(f"{path}: {'is a folder; name a file in it' if path.is_dir() else 'no such file'}")
+    require_file(path)
     from micronet.bundle_file import copied_archive
 
     try:

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from micronet.errors import MicronetError, first_line
+from micronet.errors import MicronetError, first_line, require_file
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, SessionOptions
@@ -26,8 +26,7 @@ def open_session(path: str | Path, options: "SessionOptions | None" = None) -> "
     """
     import onnxruntime
 
-    if not Path(path).is_file():
-        raise MicronetError(f"{path}: {'is a folder; name a file in it' if Path(path).is_dir() else 'no such file'}")
+    require_file(Path(path))
     if _may_have_functions(Path(path)):
         from micronet.onnx_file import open_onnx
 

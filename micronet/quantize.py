@@ -27,7 +27,7 @@ from micronet.data import Data
 from micronet.data.store import progress
 from micronet.deploy import check_zeros, described, keep
 from micronet.errors import MicronetError, first_line
-from micronet.gate_images import RealImages, normalised
+from micronet.gate_images import RealImages, normalised, scaled
 from micronet.parity import Answers, compare, least_agreement, require
 from micronet.quantised_file import Quantised, Ranking
 
@@ -217,7 +217,7 @@ def _export(source: "ModelSource", data: Data) -> Any:
 
 
 def _normalised(pixels: Tensor, data: Data) -> np.ndarray:
-    return normalised(pixels.contiguous().float() / 255, data).numpy()
+    return normalised(scaled(pixels), data).numpy()
 
 
 def _rank(calibration: Calibration, data: Data) -> Ranking:
@@ -286,7 +286,7 @@ def _worst(before: dict[str, Tensor], after: dict[str, Tensor]) -> tuple[str, fl
 
 
 def _sparse_notes(source: "ModelSource") -> tuple[str, ...]:
-    zeros = sum(int((~mask).sum()) for mask in (source.masks or {}).values())
+    zeros = source.masked_zeros
     if not zeros:
         return ()
     return (

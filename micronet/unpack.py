@@ -28,7 +28,7 @@ from torch import nn
 
 from micronet.bundle import Bundle, assemble
 from micronet.bundle_file import check_fields
-from micronet.errors import MicronetError, first_line
+from micronet.errors import MicronetError, first_line, require_file
 from micronet.factories import find_factory
 from micronet.packed_arrays import CODED, PackedArrays
 from micronet.rebuild import rebuilt, shapes_of
@@ -116,8 +116,7 @@ def header_bytes(path: Path) -> int:
     Raises:
         MicronetError: no such file; not a safetensors file; truncated.
     """
-    if not path.is_file():
-        raise MicronetError(f"{path}: {'is a folder; name a file in it' if path.is_dir() else 'no such file'}")
+    require_file(path)
     with path.open("rb") as file:
         start = file.read(9)
     if len(start) < 9 or start[8:] != b"{":
