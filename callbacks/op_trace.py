@@ -246,7 +246,7 @@ def trace(
     except Exception:  # it reads values while it runs, or wants its own dtype: real tensors have both
         try:
             return _export(copied(model, on_cpu), sizes, tensors, params)
-        except Exception as error:
+        except Exception as error:  # a network's own code can fail in any way
             images = " and ".join(map(str, sizes))
             raise TraceError(
                 f"cannot trace {type(model).__name__} with an image of {images}: {first_line(error)}"

@@ -191,7 +191,7 @@ class TorchModel:
 
         try:
             run()
-        except Exception as error:
+        except Exception as error:  # a network's own code can fail in any way
             raise MicronetError(f"{self.name}: its network can't answer: {first_line(error)[:200]}") from error
         return run
 
