@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from micronet.evaluate import evaluate as evaluate
     from micronet.optim import adam as adam
     from micronet.optim import adamw as adamw
+    from micronet.optim import muon as muon
     from micronet.optim import sgd as sgd
     from micronet.recipe import Fit as Fit
     from micronet.recipe import Recipe as Recipe
@@ -38,6 +39,7 @@ _HOMES = {
     "evaluate": "evaluate",
     "adam": "optim",
     "adamw": "optim",
+    "muon": "optim",
     "sgd": "optim",
     "Fit": "recipe",
     "Recipe": "recipe",

@@ -10,6 +10,8 @@ from fastai.learner import Learner, Metric
 from fastai.optimizer import OptimWrapper
 from torch import Tensor, nn
 
+from micronet.muon import Muon
+
 OptFunc = Callable[..., OptimWrapper]
 
 
@@ -41,6 +43,15 @@ def adamw(betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> OptFu
         eps: added to the denominator, above 0.
     """
     return partial(OptimWrapper, opt=partial(torch.optim.AdamW, betas=betas, eps=eps))
+
+
+def muon(momentum: float = 0.9) -> OptFunc:
+    """Make Muon for a Learner: for weights of convolutions; everything else is trained by SGD with Nesterov momentum.
+
+    Args:
+        momentum: in [0, 1); a one-cycle schedule replaces it step by step.
+    """
+    return partial(OptimWrapper, opt=partial(Muon, momentum=momentum))
 
 
 def decay_groups(model: nn.Module) -> list[list[nn.Parameter]]:

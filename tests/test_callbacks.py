@@ -28,6 +28,7 @@ from callbacks.prune import PruneChannels
 from callbacks.quant_aware import QuantAware
 from callbacks.quantize import QuantizeInt8
 from callbacks.ramp import OneShot, Rounds
+from callbacks.resize import ProgressiveResizing
 from callbacks.sparsify import Sparsify
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +42,7 @@ CASES = {
     KeepZeros: lambda folder: KeepZeros({"0.weight": torch.ones(4, 3, 3, 3).tril() > 0}),
     OpCounter: lambda folder: OpCounter(),
     Precision: lambda folder: Precision(bf16=True, channels_last=True),
+    ProgressiveResizing: lambda folder: ProgressiveResizing(((0.5, 5),)),
     PruneChannels: lambda folder: PruneChannels(0.25, importance="taylor", schedule=OneShot(end=0.1)),
     QuantAware: lambda folder: QuantAware(4, 4, images=16, norm_images=16),
     QuantizeInt8: lambda folder: QuantizeInt8(images=8, floor=100),

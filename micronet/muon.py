@@ -1,0 +1,113 @@
+"""Muon: each convolution's step is made orthogonal, and as long as the learning rate says, relative to the weight.
+
+A gradient's matrix is mostly a few directions; a step along all of them, equally far, gets further in few epochs.
+`torch.optim.Muon` takes matrices alone, so it can't train a convolution.
+
+Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks" (the update, and the iteration's
+coefficients); Jordan 2024, "94 % on CIFAR-10 in 3.29 seconds on a single GPU" (filters flattened, norms fixed).
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ITERATIONS = 5
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """Bring the singular values of matrices near 1, and leave their directions as they are.
+
+    Five steps of a quintic Newton-Schulz iteration bring what is above a hundredth of the largest to about 0.7 to 1.2.
+
+    Args:
+        matrices: float (B, rows, columns).
+
+    Returns:
+        The same shape; zeros stay zero.
+    """
+    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+    norms = torch.linalg.matrix_norm(wide, keepdim=True)
+    x = wide / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+    a, b, c = COEFFICIENTS
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if wide is matrices else x.mT
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the weights of convolutions, SGD with Nesterov momentum for everything else.
+
+    A convolution's weight (out, in, ...) is one matrix, (out, in * ...). Its step is `lr` times the weight's norm, and
+    the norm stays what it is: weight decay has nothing to do there, and is left to the rest. That suits weights whose
+    size a normalisation layer undoes.
+
+    Args:
+        params: parameters, or groups of them.
+        lr: at least 0; for convolutions the relative length of a step.
+        momentum: in [0, 1).
+        weight_decay: added to the gradient of all but convolutions; at least 0.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float = 0.05, momentum: float = 0.9, weight_decay: float = 0.0
+    ) -> None:
+        if lr < 0 or weight_decay < 0:
+            raise ValueError(f"lr and weight_decay must be at least 0, got {lr} and {weight_decay}")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: computes the loss anew, with gradients; not needed.
+
+        Returns:
+            What `closure` returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            alike: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.dim() > 2:
+                    alike[p.shape, p.dtype, p.device].append(p)
+                else:
+                    p.sub_(group["lr"] * self._ahead(p, p.grad + group["weight_decay"] * p, group["momentum"]))
+            for weights in alike.values():  # together: a small network has many small matrices of few shapes
+                _turn(weights, [self._ahead(p, p.grad, group["momentum"]) for p in weights], group["lr"])
+        return loss
+
+    def _ahead(self, p: Tensor, gradient: Tensor, momentum: float) -> Tensor:
+        """Nesterov's look ahead: the gradient, and the momentum that already has it."""
+        buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+        buffer.mul_(momentum).add_(gradient)
+        return gradient + momentum * buffer
+
+
+def _turn(weights: list[Tensor], directions: list[Tensor], lr: float) -> None:
+    """Move weights of one shape by `lr` of their norms, each along its orthogonalised direction; keep the norms."""
+    rows = weights[0].shape[0]
+    before = torch.stack([w.reshape(rows, -1) for w in weights])
+    steps = orthogonalised(torch.stack([d.reshape(rows, -1) for d in directions]))
+    norms = torch.linalg.matrix_norm(before, keepdim=True)
+    # A weight of zeros has no norm to keep; it begins as large as an orthogonal matrix.
+    norms = norms.where(norms > 0, min(before.shape[1:]) ** 0.5)
+    after = before - lr * norms * steps / torch.linalg.matrix_norm(steps, keepdim=True).clamp_min(1e-12)
+    after *= norms / torch.linalg.matrix_norm(after, keepdim=True).clamp_min(1e-12)
+    for weight, value in zip(weights, after, strict=True):
+        weight.copy_(value.view(weight.shape))
