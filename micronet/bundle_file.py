@@ -14,6 +14,7 @@ from torch import Tensor
 from micronet.decode import MOST_SIDE
 from micronet.errors import MicronetError, first_line
 from micronet.factories import is_plain
+from micronet.file_kind import look
 from micronet.minmax8 import decode
 
 FORMAT = "micronet"
@@ -50,7 +51,7 @@ def read_content(path: Path) -> dict[str, Any]:
             raise MicronetError(
                 f"{path}: truncated (it begins like a model file and has no end); copy or make it again"
             )
-        raise MicronetError(f"{path}: not a model file of micronet (model.pth); it begins with {start!r}")
+        raise MicronetError(f"{path}: not a model file of micronet (model.pth); {look(path)}")
     try:
         content = torch.load(copied_archive(path), map_location="cpu", weights_only=True)
     except MicronetError:
@@ -81,6 +82,11 @@ def read_content(path: Path) -> dict[str, Any]:
         except MicronetError as error:
             raise MicronetError(f"{path}: {error}") from error
     return content
+
+
+def is_minmax8(path: Path) -> bool:
+    """Whether a file that can be loaded holds its weights rounded to 8 bits, as `minmax8` has it."""
+    return is_bundle(path) and "minmax8" in read_content(path)
 
 
 def copied_archive(path: Path) -> io.BytesIO:

@@ -9,13 +9,12 @@ import typer
 
 from micronet import __version__
 from micronet.cli_bench import bench
+from micronet.cli_evaluate import evaluate
 from micronet.cli_export import export
 from micronet.cli_options import (
     Command,
     DataFolder,
-    DataPlace,
     Device,
-    Factory,
     Group,
     RecipeFile,
     Seed,
@@ -23,19 +22,17 @@ from micronet.cli_options import (
     check_device,
     check_outputs,
     ended_as_by_ctrl_c,
-    find_users_factory,
     make_console,
     parse_settings,
-    split_of,
     use_data,
 )
 from micronet.cli_pack import pack, unpack
 from micronet.cli_plan import plan
-from micronet.cli_predict import predict, printable
+from micronet.cli_predict import predict
 from micronet.cli_quantize import quantize
 from micronet.cli_score import score
 from micronet.cli_sensitivity import sensitivity
-from micronet.errors import MicronetError, first_line
+from micronet.errors import MicronetError, first_line, printable
 
 app = typer.Typer(
     cls=Group,
@@ -69,7 +66,7 @@ def main() -> None:
 
 
 def _fail(told: str) -> None:
-    print(f"micronet: {printable(' '.join(told.splitlines()))}", file=sys.stderr)
+    print(f"micronet: {printable(told)}", file=sys.stderr)
     sys.exit(1)
 
 
@@ -149,50 +146,7 @@ app.command(cls=Command)(quantize)
 app.command(cls=Command)(pack)
 app.command(cls=Command)(unpack)
 app.command(cls=Command)(bench)
-
-
-@app.command(cls=Command)
-def evaluate(
-    model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A model.pth, a packed file or an ONNX file.", show_default=False)
-    ],
-    data: Annotated[str, typer.Option(help="digits, cifar10, cifar100, or the path of an image folder.")],
-    split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Confusion matrix as PNG. [default: beside MODEL]")
-    ] = None,
-    device: Device = None,
-    factory: Factory = None,
-    data_dir: DataPlace = None,
-) -> None:
-    """Measure a model on a split: top-1 and top-5 as counts, loss, confusion matrix and worst classes.
-
-    Example: `micronet evaluate runs/wrn_cifar100/model.pth --data cifar100`
-    """
-    if split not in ("train", "valid", "test"):
-        raise typer.BadParameter(f"--split must be train, valid or test, got {split!r}")
-    check_outputs({"-o": out}, [model, factory, data_dir])
-    use_data(data_dir)
-    check_device(device)
-    from micronet.measure import measure
-    from micronet.model_source import open_model
-    from micronet.report import plot_confusion
-
-    source = open_model(str(model), factory=find_users_factory(factory))
-    measured = measure(source, data, split, device, **split_of(source, model, data, split))
-    images, result = measured.data, measured.result
-    how = "onnxruntime" if source.path is not None else "float32"
-    console = make_console()
-    console.print(
-        f"{model} on {images.name} {split}, {measured.device}, {how}:\n"
-        f"top-1  {result.top1_count:,} of {result.images:,} = {100 * result.top1:.2f} %\n"
-        f"top-5  {result.top5_count:,} of {result.images:,} = {100 * result.top5:.2f} %\n"
-        f"loss   {result.loss:.4f} (cross-entropy)",
-        highlight=False,
-    )
-    target = out or model.with_name(f"{model.stem}-{images.name}-{split}.png")
-    plot_confusion(result, images.classes, target, f"{images.name} {split}: {100 * result.top1:.2f} % right")
-    console.print(f"confusion matrix and worst classes: {target}")
+app.command(cls=Command)(evaluate)
 
 
 @app.command("lr-find", cls=Command)

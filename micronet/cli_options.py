@@ -1,10 +1,11 @@
 """Options of the commands, and the checks that come before anything slow is imported."""
 
+import atexit
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -87,6 +88,14 @@ def ended_as_by_ctrl_c() -> Iterator[None]:
     finally:
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
+        if mine:  # what comes now is the interpreter's end, which has no handlers: a signal would undo the exit status
+            atexit.unregister(_deafen)
+            atexit.register(_deafen)
+
+
+def _deafen() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def make_console() -> "Console":
@@ -116,8 +125,8 @@ def check_device(name: str | None) -> None:
         raise MicronetError(f"--device {name}: not usable here: {first_line(error)}") from error
 
 
-def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[str | Path | None]) -> None:
-    """Refuse, before anything slow, to write over what is read, twice to one file, or to a folder that is not there.
+def check_outputs(outputs: Mapping[str, Path | None], inputs: Sequence[str | Path | None]) -> None:
+    """Refuse, before anything slow, to write over what is read, twice to one file, or where no file can be made.
 
     Args:
         outputs: files by the option that names them; None for one that is not written.
@@ -130,7 +139,16 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[str | Pat
     read = [Path(name) for one in inputs if one is not None for name in (str(one), str(one).rpartition(":")[0]) if name]
     for place, (option, file) in enumerate(files.items()):
         if not file.parent.is_dir():
+            # As a rule it lies beside what is read, which then is what is missing: say that.
+            gone = next((one for one in inputs if isinstance(one, Path) and not one.exists()), None)
+            if gone is not None:
+                raise MicronetError(f"{gone}: no such file")
             raise MicronetError(f"{file.parent}: no such folder to write {file.name} to; make it first")
+        if file.exists() and not file.is_file():  # a device would be replaced by a file
+            what = "is a folder; name a file in it" if file.is_dir() else "is no ordinary file; name another one"
+            raise MicronetError(f"{file}: {what} with {option}")
+        if not os.access(file.parent, os.W_OK):
+            raise MicronetError(f"{file.parent}: not yours to write {file.name} to; name another file with {option}")
         if any(_same_file(file, one) for one in read):
             raise MicronetError(f"{file}: is what is read; name another file with {option}")
         for other, earlier in list(files.items())[:place]:

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from micronet.cli_options import Factory, find_users_factory
-from micronet.errors import MicronetError
+from micronet.errors import MicronetError, printable
+from micronet.file_kind import require_model
 
 
 def predict(
@@ -32,6 +33,7 @@ def predict(
 
     Example: `micronet predict runs/resnet20_cifar10/model.pth cat.png ship.jpg`
     """
+    require_model(model)
     from micronet.predict import open_predictor
 
     predictor = open_predictor(model, factory=find_users_factory(factory))
@@ -57,8 +59,3 @@ def predict(
         print(dumps(told, indent=1))
     if failed:
         raise typer.Exit(1)
-
-
-def printable(text: str) -> str:
-    """A file's or a stranger's words without what would command a terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)

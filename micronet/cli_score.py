@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from micronet.cli_options import DataName, DataPlace, Device, Factory, find_users_factory, make_console, use_data
+from micronet.file_kind import require_model
 
 if TYPE_CHECKING:
     from micronet.counting import Assume
@@ -134,9 +135,11 @@ def score(
     chosen, assumed = _rules(rules, options), parse_assume(assume)
     if trust:
         print(f"micronet: --trust: reading {model} runs whatever code it holds", file=sys.stderr)
-    from micronet.model_source import open_model
-
     build, size = find_users_factory(factory), parse_size(input_size)
+    for name in (model, against):
+        if name is not None and not (arch or trust):  # with these, a file is of others, and of any kind
+            require_model(name)
+    from micronet.model_source import open_model
 
     def open_it(name: str) -> "ModelSource":
         return open_model(name, input_size=size, factory=build, arch=arch, trust=trust)

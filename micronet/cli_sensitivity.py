@@ -18,6 +18,7 @@ from micronet.cli_options import (
     use_data,
 )
 from micronet.errors import MicronetError
+from micronet.file_kind import require_model
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,6 +68,7 @@ def sensitivity(
         raise typer.BadParameter(f"--importance must be one of {', '.join(words)}, got {importance!r}")
     file = json or model.with_name(f"{model.stem}-sensitivity.json")
     plot = out or model.with_name(f"{model.stem}-sensitivity.png")
+    require_model(model, onnx=False)
     check_outputs({"-o": plot, "--json": file}, [model, factory, data_dir])
     use_data(data_dir)
     check_device(device)
@@ -95,12 +97,12 @@ def sensitivity(
         device=pick_device(device),
         name=model.name if model.parent == Path() else f"{model.parent.name}/{model.name}",
     )
-    found.save(file)
-    plot_sensitivity(found, plot)
     console = make_console()
-    console.print(_table(found))
+    console.print(_table(found, shares))  # before it is written: a full disk must not take away what was measured
     for line in found.skipped:
         console.print(f"left alone: {line}", highlight=False, markup=False)
+    found.save(file)
+    plot_sensitivity(found, plot)
     console.print(f"plot: {plot}\nfile: {file}", highlight=False, markup=False)
     console.print(
         f'in a recipe: PruneChannels(ratio=ratios_from("{file}", max_drop=0.01)), from micronet.sensitivity',
@@ -109,21 +111,26 @@ def sensitivity(
     )
 
 
-def _table(found: "Sensitivity") -> "Table":
+def _table(found: "Sensitivity", shares: tuple[float, ...]) -> "Table":
     """A row for each group, a column for each ratio that was asked for."""
     from rich.table import Table
 
+    from micronet.sensitivity import removed
+
     title = (
         f"{found.model} on {found.data} valid: {100 * found.top1:.2f} % of {found.images:,} images, "
-        f"standard error {100 * found.noise:.2f} points; with one group pruned, lowest {found.importance} first:"
+        f"standard error {100 * found.noise:.2f} points; with one group pruned, lowest {found.importance} first "
+        "(channels left: top-1 in %)"
     )
     table = Table(title=title, title_justify="left")
     table.add_column("group", no_wrap=True)
     table.add_column("channels", justify="right", no_wrap=True)
-    most = max(len(curve.points) for curve in found.curves)
-    for _ in range(most):
-        table.add_column("left: top-1, %", justify="right", no_wrap=True)
+    for share in shares:
+        table.add_column(f"{100 * share:g} % removed", justify="right", no_wrap=True)
     for curve in found.curves:
-        cells = [f"{point.channels}: {100 * point.top1_count / found.images:.1f}" for point in curve.points]
+        measured = {point.channels: 100 * point.top1_count / found.images for point in curve.points}
+        left = [curve.channels - removed(curve.channels, share) for share in shares]
+        # A share of few channels can be none of them.
+        cells = [f"{number}: {measured[number]:.1f}" if number in measured else "none" for number in left]
         table.add_row(curve.name, str(curve.channels), *cells)
     return table

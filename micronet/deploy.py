@@ -18,6 +18,7 @@ from callbacks.saving import whole_or_absent
 from micronet.data import Data
 from micronet.errors import MicronetError, first_line
 from micronet.gate_images import RealImages, real_images
+from micronet.machine import cpu_told
 from micronet.measure import OnnxModule
 from micronet.onnx_meta import Meta, parse_meta, read_meta, write_meta
 from micronet.parity import Answers, Parity, compare, require
@@ -203,7 +204,7 @@ def _check(path: Path) -> None:
     open_onnx(path)  # which refuses functions that the checker would follow for ever
     try:
         onnx.checker.check_model(str(path), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
         raise MicronetError(f"not sound, says onnx's checker: {first_line(error)[:200]}") from error
 
 
@@ -255,6 +256,9 @@ def _score(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _told(parity: Parity, images: RealImages) -> dict[str, Any]:
+    """How it compared, and where: what int8 answers depends on the processor's sums (`callbacks/processor.py`)."""
+    import onnxruntime
+
     return {
         "images": images.told,
         "number": parity.images,
@@ -262,6 +266,8 @@ def _told(parity: Parity, images: RealImages) -> dict[str, Any]:
         "relative_error": parity.relative_error,
         "right": parity.after,
         "right_of_source": parity.before,
+        "runtime": f"onnxruntime {onnxruntime.__version__}",
+        **cpu_told(),
     }
 
 

@@ -12,6 +12,12 @@ class MicronetError(Exception):
     """
 
 
+def printable(text: str) -> str:
+    """A file's or a stranger's words as one line, without what would command a terminal."""
+    line = " ".join(text.splitlines())
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
+
+
 def require_file(path: Path) -> None:
     """Refuse a path that leads to no file.
 

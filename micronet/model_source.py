@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from callbacks.ledger import Ledger, UnknownOperation, build
 from micronet.errors import MicronetError, first_line, require_file
-from micronet.named_networks import DEFAULT_SIZE, build_named
+from micronet.named_networks import DEFAULT_SIZE, LIBRARIES, build_named
 
 if TYPE_CHECKING:
     from torch import nn
@@ -122,7 +122,7 @@ def open_model(
         module, masks = unmasked(model, masks)
         return ModelSource(name=type(model).__name__, input_size=size or DEFAULT_SIZE, module=module, masks=masks)
     name = fspath(model)
-    if name.partition(":")[0] in ("timm", "torchvision", "micronet"):
+    if name.partition(":")[0] in LIBRARIES:
         if arch or trust:
             raise MicronetError(f"{name}: is no file: --arch and --trust say how to read one")
         module, own = build_named(name)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 DEFAULT_SIZE = (3, 32, 32)
+LIBRARIES = ("timm", "torchvision", "micronet")  # whose networks have names, `timm:NAME`
 
 
 def build_named(spec: str, *, with_weights: bool = False) -> "tuple[nn.Module, tuple[int, int, int]]":

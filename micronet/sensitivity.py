@@ -181,9 +181,18 @@ def measure_sensitivity(
 
 def _levels(group: Group, ratios: Sequence[float]) -> Iterator[int]:
     """How many channels go at each ratio, each number once."""
+    yield from sorted({removed(group.channels, ratio) for ratio in ratios} - {0})
+
+
+def removed(channels: int, ratio: float) -> int:
+    """How many channels of a group a ratio removes; one stays.
+
+    Args:
+        channels: how many it has.
+        ratio: share to remove, in (0, 1).
+    """
     # Rounded down: a ratio that was asked for, and is read back, must not become one that is refused as too large.
-    numbers = {min(int(ratio * group.channels + 1e-9), group.channels - 1) for ratio in ratios}
-    yield from sorted(numbers - {0})
+    return min(int(ratio * channels + 1e-9), channels - 1)
 
 
 def _without(model: nn.Module, group: Group, channels: torch.Tensor) -> nn.Module:

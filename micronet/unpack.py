@@ -30,6 +30,7 @@ from micronet.bundle import Bundle, assemble
 from micronet.bundle_file import check_fields
 from micronet.errors import MicronetError, first_line, require_file
 from micronet.factories import find_factory
+from micronet.file_kind import look
 from micronet.packed_arrays import CODED, PackedArrays
 from micronet.rebuild import rebuilt, shapes_of
 
@@ -120,7 +121,7 @@ def header_bytes(path: Path) -> int:
     with path.open("rb") as file:
         start = file.read(9)
     if len(start) < 9 or start[8:] != b"{":
-        raise MicronetError(f"{path}: not a safetensors file; it begins with {start[:4]!r}")
+        raise MicronetError(f"{path}: not a safetensors file, as `micronet pack` writes them; {look(path)}")
     (length,) = struct.unpack("<Q", start[:8])
     if length > path.stat().st_size - 8:
         raise MicronetError(f"{path}: truncated (its header alone is longer than the file); copy or make it again")

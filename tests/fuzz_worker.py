@@ -101,7 +101,7 @@ def main() -> None:
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
         reader, path = json.loads(line)
-        from micronet.errors import MicronetError
+        from micronet.errors import MicronetError, printable
 
         used = resource.getrusage(resource.RUSAGE_SELF)
         spent = int(used.ru_utime + used.ru_stime)
@@ -117,7 +117,7 @@ def main() -> None:
                 known[reader](path)
             result = {"outcome": "answered"}
         except MicronetError as error:
-            result = {"outcome": "refused", "told": str(error), "starved": starved(error)}
+            result = {"outcome": "refused", "told": printable(str(error)), "starved": starved(error)}
         except BaseException:
             result = {"outcome": "raised", "told": traceback.format_exc()[-1500:]}
         listening = False

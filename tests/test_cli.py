@@ -99,6 +99,20 @@ def test_evaluate_prints_counts_and_draws(trained, call, tmp_path):
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_evaluate_says_where_the_plot_went_and_need_not_draw_one(trained, call, tmp_path):
+    model = tmp_path / "net.pth"
+    model.write_bytes((trained / "model.pth").read_bytes())
+    status, out, _ = call("evaluate", model, "--data", "digits", "--no-plot")
+    assert status == 0
+    assert "of 359 =" in out
+    assert [file.name for file in tmp_path.iterdir()] == ["net.pth"]
+    status, out, _ = call("evaluate", model, "--data", "digits")
+    assert status == 0
+    assert f"worst classes: {tmp_path / 'net-digits-test.png'} (beside the model; --no-plot leaves it out)" in out
+    assert (tmp_path / "net-digits-test.png").read_bytes().startswith(b"\x89PNG")
+    assert call("evaluate", model, "--data", "digits", "--no-plot", "-o", tmp_path / "c.png")[0] == 2
+
+
 def test_lr_find_suggests_and_draws(call, tmp_path):
     status, out, _ = call("lr-find", QUICKSTART, "-o", tmp_path / "lr.png", "--steps", "60")
     assert status == 0

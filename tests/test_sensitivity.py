@@ -1,21 +1,25 @@
 """Sensitivity of each group of channels, ratios for a recipe, and curves of rounds."""
 
+import io
 import json
+import re
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from rich.console import Console
 
 from callbacks.prune import PruneChannels
 from callbacks.ramp import Rounds
 from micronet import Fit, MicronetError, Recipe, RunOptions, load, run
+from micronet.cli_sensitivity import _table
 from micronet.curves import plot_rounds, read_rounds
 from micronet.data import digits, plain_loader
 from micronet.evaluate import evaluate
 from micronet.models import separable_net
 from micronet.recipe import describe
-from micronet.sensitivity import measure_sensitivity, plot_sensitivity, ratios_from
+from micronet.sensitivity import Sensitivity, measure_sensitivity, plot_sensitivity, ratios_from
 
 NETWORK = partial(separable_net, width_multiplier=0.25)
 
@@ -155,6 +159,33 @@ def test_the_command_writes_plot_and_file(call, trained):
     assert (trained / "model-sensitivity.png").read_bytes().startswith(b"\x89PNG")
     assert f"digits valid: {100 * told['top1_count'] / 40:.2f} % of 40 images, standard error" in out
     assert f'ratios_from("{trained / "model-sensitivity.json"}", max_drop=0.01)' in out
+
+
+def test_each_column_says_which_share_is_removed(found):
+    def cells(*shares):
+        console = Console(record=True, file=io.StringIO(), width=200)
+        console.print(_table(found, shares))
+        return [re.split(r" *[│┃] *", line)[1:-1] for line in console.export_text().splitlines() if line[:1] in "┃│"]
+
+    head, *rows = cells(0.001, 0.25, 0.5)
+    assert head == ["group", "channels", "0.1 % removed", "25 % removed", "50 % removed"]
+    assert len(rows) == len(found.curves)
+    for curve, row in zip(found.curves, rows, strict=True):
+        (half,) = [point for point in curve.points if point.channels == curve.channels - curve.channels // 2]
+        # 0.1 % of so few channels are none; the column of another share does not move to its place.
+        told = f"{half.channels}: {100 * half.top1_count / found.images:.1f}"
+        assert (row[:3], row[4]) == ([curve.name, str(curve.channels), "none"], told)
+
+
+def test_what_was_measured_is_printed_though_it_cannot_be_written(call, trained, monkeypatch):
+    def full(self, path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Sensitivity, "save", full)
+    status, out, err = call("sensitivity", trained / "model.pth", "--data", "digits", "--limit", 10, "--ratios", "0.5")
+    assert status == 1
+    assert "50 % removed" in out
+    assert err.endswith("No space left on device\n")
 
 
 @pytest.mark.parametrize(
