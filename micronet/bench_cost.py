@@ -21,7 +21,9 @@ class Cost:
         macs: multiply-accumulates for one image, zeros among the weights included.
         ops: operations for one image by the official rules, which leave zeros out and weigh widths.
         score: by the official rules.
-        zeros: share of its weights that is zero, in [0, 1].
+        zeros: share of its weights that is stored as zero, for whatever reason, in [0, 1]; of an array with a mask,
+            what that holds at zero.
+        masked: share of its weights that masks hold at zero, part of `zeros`; None for an ONNX file, which has none.
         weight_bits: width of its narrowest weights.
         unknown: why there is no score.
     """
@@ -33,6 +35,7 @@ class Cost:
     ops: float | None = None
     score: float | None = None
     zeros: float = 0.0
+    masked: float | None = None
     weight_bits: int = 32
     unknown: str = ""
 
@@ -58,6 +61,8 @@ def cost_of(source: "ModelSource") -> Cost:
         return Cost(file_bytes=size, unknown=told)
     weights = [array for array in ledger.arrays if array.role == "weight" and array.nonzero is not None]
     numbers = sum(array.numel for array in weights)
+    zeros = numbers - sum(array.nonzero for array in weights)
+    masked = None if source.path is not None or not numbers else min(source.masked_zeros, zeros) / numbers
     return Cost(
         file_bytes=size,
         params=score.params,
@@ -65,7 +70,8 @@ def cost_of(source: "ModelSource") -> Cost:
         macs=score.macs,
         ops=score.ops,
         score=score.score,
-        zeros=1 - sum(array.nonzero for array in weights) / numbers if numbers else 0.0,
+        zeros=zeros / numbers if numbers else 0.0,
+        masked=masked,
         weight_bits=min((line.weight_bits for line in ledger.lines if line.weight_bits), default=32),
     )
 

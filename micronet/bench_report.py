@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
-from micronet.bench_results import Bench, Phase, Timed
+from micronet.bench_cost import Cost
+from micronet.bench_results import NARROW, Bench, Phase, Timed
 from micronet.bench_words import factor
 from micronet.report import new_figure, save_figure
 
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
 
 WIDE = 8  # largest over smallest, above which an axis is logarithmic
+NODES = (
+    "nodes: as onnxruntime runs them, under its own names: fused (a convolution with the ReLU and the sum after it) or "
+    "put in (Reorder, Transpose: images laid out otherwise in memory); layer: the one whose weights a node holds"
+)
 SHOWN = 15  # nodes of each model that are listed; the JSON has all
 
 
@@ -29,11 +34,22 @@ def _speed_up(phase: Phase | None) -> str:
     return f"{factor(ratio.value)} ({factor(ratio.low)}-{factor(ratio.high)})" if ratio else "-"
 
 
+def zeros(cost: Cost) -> str:
+    """What share of a model's weights is zero, and why, where its file tells."""
+    narrow = cost.weight_bits <= NARROW
+    if cost.masked is None:
+        shares = {" of codes" if narrow else "": cost.zeros}
+    else:
+        shares = {" masked": cost.masked, " rounded" if narrow else " not masked": cost.zeros - cost.masked}
+    told = [f"{100 * share:.0f} %{why}" for why, share in shares.items() if share >= 0.005]
+    return ", ".join(told) or "0 %"
+
+
 def costs_table(bench: Bench) -> Table:
     """Lay out what each model takes on paper and in memory."""
     table = Table(title="on paper and in memory", title_justify="left")
     table.add_column("model", overflow="fold")
-    for column in ("file", "params", "storage", "MACs", "zeros", "score", "peak memory"):
+    for column in ("file", "params", "storage", "MACs", "zero weights", "score", "peak memory"):
         table.add_column(column, justify="right", no_wrap=True)
     for model in bench.models:
         cost = model.cost
@@ -43,7 +59,7 @@ def costs_table(bench: Bench) -> Table:
             "-" if cost.params is None else f"{cost.params:,}",
             "-" if cost.storage is None else f"{cost.storage:,.0f}",
             "-" if cost.macs is None else f"{cost.macs / 1e6:,.1f} M",
-            f"{100 * cost.zeros:.0f} %",
+            zeros(cost),
             "-" if cost.score is None else f"{cost.score:.5f}",
             f"{model.memory['peak'] / 2**20:,.0f} MiB",
         )
@@ -84,12 +100,24 @@ def times_table(bench: Bench) -> Table:
     return table
 
 
-def layers_table(model: Timed) -> Table:
-    """Lay out the slowest nodes of a model."""
+def layers_tables(bench: Bench) -> Iterator[Table]:
+    """Lay out the slowest nodes of each model; below the last what a node is."""
+    models = [model for model in bench.models if model.layers]
+    for model in models:
+        yield _layers_table(model, caption=NODES if model is models[-1] else None)
+
+
+def _layers_table(model: Timed, caption: str | None) -> Table:
     total = sum(node["seconds"] for node in model.layers)
     shown = model.layers[:SHOWN]
     title = f"{escape(model.label)}: {len(shown)} slowest of {len(model.layers)} nodes, one image; "
-    table = Table(title=f"{title}{milliseconds(total)} ms with the profiler's own time", title_justify="left")
+    table = Table(
+        title=f"{title}{milliseconds(total)} ms with the profiler's own time",
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+    )
+    table.add_column("layer", overflow="fold")
     table.add_column("node", overflow="fold")
     table.add_column("operation", overflow="fold")
     for column in ("gives", "ms", "share"):
@@ -97,7 +125,12 @@ def layers_table(model: Timed) -> Table:
     for node in shown:
         shape = "x".join(map(str, node["out"][1:])) or "-"
         table.add_row(
-            escape(node["name"]), node["op"], shape, f"{1e3 * node['seconds']:.4f}", f"{100 * node['share']:.1f} %"
+            escape(node["layer"]) or "-",
+            escape(node["name"]),
+            node["op"],
+            shape,
+            f"{1e3 * node['seconds']:.4f}",
+            f"{100 * node['share']:.1f} %",
         )
     return table
 
@@ -117,6 +150,11 @@ def sentences(bench: Bench) -> Iterator[str]:
         yield (
             "torch: eager, float32, layers as the file has them (BatchNorm is not folded unless it is in the file); "
             f"images lie {' or '.join(sorted(layouts))} in memory, whichever is faster"
+        )
+    if any(model.cost.zeros >= 0.005 for model in bench.models):
+        yield (
+            "zero weights: masked ones are kept at 0 by a mask (sparsified); rounded ones are codes of few bits that "
+            "came out as 0: nothing was removed; an ONNX file does not tell which are which"
         )
     yield "predicted: what the speed-up would be if time went by the operations that `micronet score` counts"
     yield "peak memory: of a fresh process, Python and runtime included, that opens the file and answers one image"

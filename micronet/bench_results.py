@@ -8,6 +8,8 @@ from micronet.bench_cost import Cost
 from micronet.bench_stats import Ratio, Spread, speed_up
 from micronet.bench_words import Side, predicted, verdict
 
+NARROW = 8  # bits, up to which weights are codes: some are 0 because that is the nearest
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -81,7 +83,7 @@ class Timed:
         predicted: speed-up over the first model if time went by operations.
         verdict: against the first model, in words.
         notes: what else is to be known of its numbers.
-        layers: its nodes with their times, the slowest first; empty unless asked for.
+        layers: its nodes with their times and layers, the slowest first; empty unless asked for.
     """
 
     name: str
@@ -100,13 +102,14 @@ class Timed:
     @property
     def side(self) -> Side:
         """What a verdict has to know of it."""
-        simulated = self.cost.weight_bits if self.runtime == "torch" and self.cost.weight_bits <= 8 else None
+        narrow = self.cost.weight_bits <= NARROW
         return Side(
             runtime=self.runtime,
             device=self.device,
             ops=self.cost.ops,
-            zeros=self.cost.zeros,
-            simulated=simulated,
+            # Codes of few bits that came out as 0 are no sparsity.
+            zeros=self.cost.zeros if self.cost.masked is None or not narrow else self.cost.masked,
+            simulated=self.cost.weight_bits if self.runtime == "torch" and narrow else None,
         )
 
 

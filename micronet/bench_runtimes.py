@@ -60,7 +60,7 @@ class OnnxModel:
         self.path, self.version = job["model"], onnxruntime.__version__
         self.threads = job["threads"]
         self.before = peak_memory()
-        self.session = self._open()
+        self.session = self._open(self.path)
         inputs = self.session.get_inputs()
         if len(inputs) != 1:
             raise MicronetError(f"{self.path}: takes {len(inputs)} inputs, and bench gives one: images")
@@ -71,7 +71,7 @@ class OnnxModel:
             raise MicronetError(f"{self.path}: takes {self.given.type}, which are no numbers of an image")
         self.dtype = _TYPES[kind]
 
-    def _open(self, prefix: str | None = None) -> Any:
+    def _open(self, path: str, prefix: str | None = None) -> Any:
         from onnxruntime import SessionOptions
 
         from micronet.onnx_session import open_session
@@ -83,7 +83,7 @@ class OnnxModel:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if prefix is not None:
             options.enable_profiling, options.profile_file_prefix = True, prefix
-        return open_session(self.path, options)
+        return open_session(path, options)
 
     def _shape(self, size: list[int] | None) -> tuple[tuple[int, ...], int | None]:
         """**Shape** of one image, and how many the file takes at a time; None for any number."""
@@ -128,14 +128,16 @@ class OnnxModel:
 
     def layers(self) -> list[dict[str, Any]]:
         """The time of each node for one image, as onnxruntime runs it: fused."""
-        from micronet.bench_layers import read_profile
+        from micronet.bench_layers import read_profile, with_names
 
         with tempfile.TemporaryDirectory(prefix="micronet-") as folder:
-            session = self._open(str(Path(folder) / "profile"))
+            file, layer_of = with_names(Path(self.path), Path(folder))
+            session = self._open(str(file), str(Path(folder) / "profile"))
             feed = {self.given.name: self.images(1)}
             for _ in range(PROFILED):
                 session.run(None, feed)
-            return read_profile(Path(session.end_profiling()))
+            nodes = read_profile(Path(session.end_profiling()))
+            return [node | {"layer": layer_of(node["name"])} for node in nodes]
 
 
 class TorchModel:

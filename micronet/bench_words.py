@@ -20,7 +20,7 @@ class Side:
         runtime: torch or onnxruntime.
         device: where it ran.
         ops: operations for one image by the official rules; None where they can't be counted.
-        zeros: share of its weights that is zero, in [0, 1].
+        zeros: share of its weights that is zero, in [0, 1]; of codes, where the file tells, that masks hold there.
         simulated: bits that its layers are quantised to, where torch imitates that in float; None elsewhere.
     """
 

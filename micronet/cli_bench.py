@@ -8,6 +8,7 @@ import typer
 
 from micronet.cli_options import Factory, Seed, check_device, check_outputs, find_users_factory, make_console, number
 from micronet.cli_score import InputSize, parse_size
+from micronet.file_kind import require_model
 
 
 def bench(
@@ -62,12 +63,17 @@ def bench(
     if size is not None and not all(isinstance(n, int) for n in size):
         raise typer.BadParameter("--input-size: bench times networks of one input, such as 3x32x32")
     prints_json = str(json) == "-"
+    for model in models:
+        require_model(model)
     check_outputs({"-o": out, "--json": None if prints_json else json}, [*models, factory])
     if device != "cpu":
         check_device(device)
+    from json import dumps
+
     from micronet.bench import bench as measure
-    from micronet.bench_report import costs_table, layers_table, plot, sentences, times_table
+    from micronet.bench_report import costs_table, layers_tables, plot, sentences, times_table
     from micronet.bench_results import Options
+    from micronet.report import write_text
 
     options = Options(
         threads=threads,
@@ -82,23 +88,22 @@ def bench(
         per_layer=per_layer,
     )
     found = measure(models, options, lambda line: print(f"micronet: {line}", file=sys.stderr))
+    # What was measured is printed before anything is written: a disk that is full must not take it away.
+    text = dumps(found.to_json(), indent=1)
+    console = make_console()
+    if prints_json:
+        print(text)
+    else:
+        for table in (costs_table(found), times_table(found)):
+            console.print(table)
+        for line in sentences(found):
+            console.print(line, highlight=False, markup=False)
+        for table in layers_tables(found):
+            console.print(table)
+    if json is not None and not prints_json:
+        write_text(text + "\n", json)
+        console.print(f"file: {json}", highlight=False, markup=False)
     if out is not None:
         plot(found, out)
-    if json is not None:
-        from json import dumps
-
-        text = dumps(found.to_json(), indent=1)
-        if prints_json:
-            print(text)
-            return
-        from micronet.report import write_text
-
-        write_text(text + "\n", json)
-    console = make_console()
-    for table in (costs_table(found), times_table(found), *(layers_table(one) for one in found.models if one.layers)):
-        console.print(table)
-    for line in sentences(found):
-        console.print(line, highlight=False, markup=False)
-    for what, file in (("plot", out), ("file", json)):
-        if file is not None:
-            console.print(f"{what}: {file}", highlight=False, markup=False)
+        if not prints_json:
+            console.print(f"plot: {out}", highlight=False, markup=False)

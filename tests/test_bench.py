@@ -1,5 +1,6 @@
 """`micronet bench`: real files in processes of their own; turns, memory, and what happens when a process goes wrong."""
 
+import errno
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,18 +18,22 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from test_pack import bundled, quantised
+from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+from test_pack import bundled, masked, quantised
 
 import micronet.bench as module
 import micronet.bench_process
 import micronet.bench_worker
 from micronet import machine
 from micronet.bench import bench
+from micronet.bench_cost import cost_of
 from micronet.bench_process import Process, pick_cores
+from micronet.bench_report import zeros
 from micronet.bench_results import Options
 from micronet.bench_runtimes import OnnxModel, peak_memory
 from micronet.bench_worker import Waits, Worker
 from micronet.errors import MicronetError
+from micronet.model_source import of_bundle, open_model
 from micronet.models import separable_net
 from micronet.pack import pack
 
@@ -47,14 +53,14 @@ def write_net(path, width, zeros=0.0, batch="n", size=16):
 
     nodes, arrays, last = [], [], "x"
     for i, channels in enumerate((3, width, width)):
-        arrays.append(array(f"w{i}", width, channels, 3, 3))
-        nodes.append(helper.make_node("Conv", [last, f"w{i}"], [f"c{i}"], f"conv{i}", pads=[1] * 4))
+        arrays.append(array(f"block.{i}.weight", width, channels, 3, 3))
+        nodes.append(helper.make_node("Conv", [last, f"block.{i}.weight"], [f"c{i}"], f"conv{i}", pads=[1] * 4))
         nodes.append(helper.make_node("Relu", [f"c{i}"], [f"r{i}"], f"relu{i}"))
         last = f"r{i}"
-    arrays.append(array("fc", 10, width))
+    arrays.append(array("fc.weight", 10, width))
     nodes.append(helper.make_node("GlobalAveragePool", [last], ["p"], "pool"))
     nodes.append(helper.make_node("Flatten", ["p"], ["f"], "flatten"))
-    nodes.append(helper.make_node("Gemm", ["f", "fc"], ["y"], "fc", transB=1))
+    nodes.append(helper.make_node("Gemm", ["f", "fc.weight"], ["y"], "fc", transB=1))
     given = helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, 3, size, size])
     result = helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, 10])
     graph = helper.make_graph(nodes, "net", [given], [result], arrays)
@@ -114,6 +120,8 @@ def test_what_is_told_of_each_model(measured, files):
     assert dense.throughput.images_per_second > 1 / dense.latency.spread.median / 4
     assert sum("Conv" in node["op"] for node in dense.layers) == 3
     assert sum(node["share"] for node in dense.layers) == pytest.approx(1)
+    assert {node["layer"] for node in dense.layers} == {"block.0", "block.1", "block.2", "fc", ""}
+    assert all(node["layer"].startswith("block.") for node in dense.layers if "Conv" in node["op"])
     assert sum(node["seconds"] for node in dense.layers) < 20 * dense.latency.spread.median
 
 
@@ -154,11 +162,99 @@ def test_the_command_prints_tables_and_sentences_draws_and_writes(files, call, t
     for part in ("dense.onnx", "speed-up", "predicted", "peak memory", "one.onnx against dense.onnx: ", "seed 0"):
         assert part in out
     assert "one.onnx: takes 1 image at a time: no throughput at 4" in out
-    assert "slowest of" in out
+    # What it means comes first, then the nodes, and below the last table what a node is.
+    parts = ["one.onnx against dense.onnx: ", " slowest of ", "block.2", "nodes: as onnxruntime runs them"]
+    places = [out.index(part) for part in parts]
+    assert places == sorted(places)
+    assert out.count("nodes: as onnxruntime runs them") == 1
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
     told = json.loads((tmp_path / "b.json").read_text())
     assert told["models"][1]["throughput"] is None
     assert sorted(file.name for file in tmp_path.iterdir()) == ["b.json", "b.png"]
+
+
+@pytest.mark.parametrize("fails", ["--json", "-o"])
+def test_what_was_measured_is_printed_where_it_cannot_be_written(fails, files, call, tmp_path, monkeypatch):
+    import micronet.report
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(arguments[-1]))
+
+    monkeypatch.setattr(micronet.report, "write_text" if fails == "--json" else "save_figure", full)
+    monkeypatch.setattr("micronet.bench_report.save_figure", micronet.report.save_figure)
+    given = ["--seconds", "0.05", "--batch", "1", "-o", tmp_path / "b.png", "--json", tmp_path / "b.json"]
+    status, out, err = call("bench", files / "dense.onnx", *given)
+    assert status == 1
+    assert err.splitlines()[
+        -1
+    ] == f"micronet: {tmp_path / ('b.json' if fails == '--json' else 'b.png')}: " + os.strerror(errno.ENOSPC)
+    assert "on paper and in memory" in out
+    assert "ms, 1 image" in out
+    assert (tmp_path / "b.json").exists() == (fails == "-o")
+
+
+@pytest.mark.parametrize("outputs", [("-o", "none/b.png"), ("--json", "none/b.json"), ("--json", ".")])
+def test_outputs_are_looked_at_before_anything_is_measured(outputs, files, call, monkeypatch):
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(module, "bench", None)
+    status, out, err = call("bench", "dense.onnx", *outputs)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+
+
+def test_zeros_of_masks_are_told_from_those_of_rounding(files, tmp_path):
+    make = partial(bundled, separable_net, num_classes=3, width_multiplier=0.125)
+    codes, both = quantised(make(), 3), quantised(masked(make(), 0.5), 3)
+    share = sum(int((~mask).sum()) for mask in both.masks.values())
+    numbers = sum(mask.numel() for mask in both.masks.values())
+    rounded, held = (cost_of(of_bundle(bundle, "a")) for bundle in (codes, both))
+    assert rounded.masked == 0
+    assert 0.05 < rounded.zeros < 0.6
+    assert zeros(rounded) == f"{100 * rounded.zeros:.0f} % rounded"
+    assert held.zeros == held.masked == pytest.approx(share / numbers)  # of what a mask keeps, none is counted
+    assert zeros(held) == f"{100 * share / numbers:.0f} % masked"
+    assert zeros(replace(held, masked=0.3)) == "30 % masked, 20 % rounded"  # where one layer of two has a mask
+    assert zeros(replace(rounded, zeros=0.0)) == "0 %"
+    assert zeros(replace(rounded, weight_bits=32, zeros=0.2)) == "20 % not masked"
+    # An ONNX file has no masks: nobody can tell.
+    sparse = cost_of(open_model(str(files / "sparse.onnx")))
+    assert sparse.masked is None
+    assert zeros(sparse) == "90 %"
+    assert zeros(replace(sparse, weight_bits=4)) == "90 % of codes"
+
+
+class Noise(CalibrationDataReader):
+    """Two images to find ranges on."""
+
+    def __init__(self):
+        self.left = [{"x": np.random.default_rng(0).standard_normal((2, 3, 16, 16)).astype(np.float32)}]
+
+    def get_next(self):
+        return self.left.pop() if self.left else None
+
+
+@pytest.mark.parametrize("codes", [False, True])
+def test_nodes_lead_to_layers_whatever_is_fused_and_though_the_file_names_none(codes, files, tmp_path):
+    path = tmp_path / "net.onnx"
+    if codes:
+        quantize_static(files / "dense.onnx", path, Noise(), activation_type=QuantType.QUInt8, per_channel=True)
+    model = onnx.load(path if codes else files / "dense.onnx")
+    for node in model.graph.node:
+        node.name = ""
+    onnx.save(model, path)
+    before = path.read_bytes()
+    nodes = OnnxModel(job(path)).layers()
+    heavy = {node["layer"]: node["op"] for node in nodes if "Conv" in node["op"] or "Gemm" in node["op"]}
+    assert set(heavy) == {"block.0", "block.1", "block.2", "fc"}
+    assert ("QLinearConv" in heavy.values()) == codes
+    assert path.read_bytes() == before
+
+
+def test_a_file_that_keeps_its_arrays_in_another_is_left_as_it_is(files, tmp_path):
+    model = onnx.load(files / "dense.onnx")
+    model.graph.node[0].name = ""
+    onnx.save(model, tmp_path / "net.onnx", save_as_external_data=True, location="net.data", size_threshold=0)
+    nodes = OnnxModel(job(tmp_path / "net.onnx")).layers()
+    assert {"block.1", "block.2", "fc"} <= {node["layer"] for node in nodes}
 
 
 class Machine:

@@ -1,6 +1,7 @@
 """Medians, intervals and sentences of `micronet bench`, from made-up times."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from scipy import stats
 
 from micronet import bench_stats
 from micronet.bench import ROUNDS, labels
+from micronet.bench_cost import Cost
 from micronet.bench_layers import read_profile
 from micronet.bench_report import milliseconds, undominated
+from micronet.bench_results import Phase, Timed
 from micronet.bench_stats import Ratio, speed_up, spread
 from micronet.bench_words import Side, predicted, verdict
 from micronet.errors import MicronetError
@@ -122,6 +125,18 @@ def test_a_verdict_says_what_was_found(other, ratio, says, never):
     told = verdict(DENSE, other, Ratio(value=value, low=low, high=high, rounds=20))
     assert says in told
     assert never not in told.replace(says, "")
+
+
+@pytest.mark.parametrize(("masked", "seen"), [(0.0, 0.0), (0.3, 0.3), (None, 0.45)])
+def test_codes_that_came_out_as_zero_are_no_sparsity_where_the_file_tells(masked, seen):
+    phase = Phase(batch=1, spread=spread([1.0]), rounds=(1.0,), layout="channels first")
+    cost = Cost(ops=50.0, zeros=0.45, masked=masked, weight_bits=2)
+    kind = "onnxruntime" if masked is None else "torch"
+    model = Timed(name="a", label="a", runtime=kind, device="cpu", cost=cost, memory={}, latency=phase)
+    assert model.side.zeros == seen
+    told = verdict(replace(model.side, ops=100.0, zeros=0.0), model.side, Ratio(value=1, low=0.98, high=1.02, rounds=9))
+    assert ("zeros" in told) == (seen >= 0.3)
+    assert replace(model, cost=replace(cost, weight_bits=32)).side.zeros == 0.45  # floats, zero by whoever's will
 
 
 def test_a_difference_that_a_file_has_from_itself_is_none():
