@@ -116,6 +116,11 @@ class Distill(Callback):
             parts.append(f"{type(feature).__name__} of {named}, weight {feature.weight:g}")
         return "; ".join(parts)
 
+    @property
+    def training_loss(self) -> str:
+        """What it makes of the training loss; empty where it adds nothing."""
+        return "distillation" if self.weight or self.features else ""
+
     def before_fit(self) -> None:
         """Check that all fits together, and listen to the layers; first undo what an aborted fit left."""
         self._undo()

@@ -38,13 +38,14 @@ def rounds_of(rows: Sequence[Mapping[str, Any]], images: int) -> list[Round]:
     """The rounds in a fit's history.
 
     Args:
-        rows: one for each epoch, with `epoch` (from 0), `params` and `top1`, as numbers or text.
+        rows: one for each epoch, in order, with `params` and `top1`, as numbers or text.
         images: how many images `top1` is a share of.
 
     Returns:
         The rounds in their order; the first is the whole network where epochs came before its first round.
     """
-    found = [(int(row["params"]), float(row["top1"]), int(row["epoch"]) + 1) for row in rows]
+    # Counted here: the files of older versions number epochs from 0.
+    found = [(int(row["params"]), float(row["top1"]), epoch) for epoch, row in enumerate(rows, 1)]
     last = [one for one, then in zip(found, [*found[1:], None], strict=True) if then is None or then[0] != one[0]]
     return [Round(params, top1, epoch, (top1 * (1 - top1) / images) ** 0.5) for params, top1, epoch in last]
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.mixup import MixHandler
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientClip
@@ -24,6 +25,7 @@ from callbacks.ema import EMA
 from callbacks.expected import declared
 from callbacks.masks import KeepZeros
 from callbacks.precision import Precision, bf16_speeds_up
+from callbacks.protocol import having
 from callbacks.schedule import OneCycle
 from micronet.bundle_file import copied_archive
 from micronet.data import Data, loaders
@@ -118,13 +120,15 @@ class FitResult:
         rows: one dict an epoch, as `History` has them.
         lrs: learning rate of each step.
         best_epoch: number of the epoch whose weights were kept, from 0; None for the last one's.
-        diverged: the epoch in which the loss stopped being finite; None where it did not.
+        diverged: the epoch, from 0, in which the loss stopped being finite; None where it did not.
+        loss: what callbacks made of the training loss, a word each: `distillation`, `MixUp`.
     """
 
     rows: list[dict[str, Any]]
     lrs: list[float]
     best_epoch: int | None
     diverged: int | None
+    loss: tuple[str, ...] = ()
 
 
 def run_fit(
@@ -157,7 +161,7 @@ def run_fit(
     extra += [Checkpoint(checkpoint, state)] if checkpoint is not None else []
     start = state["epoch"] if state else 0
     if state:
-        console.print(f"going on from epoch {start} of {fit.epochs} of stage {fit.name}", highlight=False)
+        console.print(f"going on after epoch {start} of {fit.epochs} of stage {fit.name}", highlight=False)
     try:
         if isinstance(fit.schedule, OneCycle):
             one = fit.schedule
@@ -179,7 +183,15 @@ def run_fit(
     if best and history.diverged is None and best.best_epoch is not None and best.best_epoch + 1 < ran:
         console.print(f"kept epoch {best.best_epoch + 1} of {ran}: best top-1 on validation", highlight=False)
     lrs = [float(lr) for lr in learn.recorder.lrs]
-    return FitResult(history.rows, lrs, best.best_epoch if best else None, history.diverged)
+    best_epoch = best.best_epoch if best else None
+    return FitResult(history.rows, lrs, best_epoch, history.diverged, _loss_words(learn))
+
+
+def _loss_words(learn: Learner) -> tuple[str, ...]:
+    """What a Learner's callbacks make of the training loss; fastai's own that mix images don't say it themselves."""
+    said = [cb.training_loss for cb in having(learn, "training_loss")]
+    said += [type(cb).__name__ for cb in learn.cbs if isinstance(cb, MixHandler)]
+    return tuple(word for word in said if word)
 
 
 def _read_checkpoint(file: Path | None) -> dict[str, Any] | None:

@@ -13,8 +13,8 @@ class History(Callback):
     """Keeps one row of numbers for each epoch, through a kill too, and ends a fit whose loss is no longer finite.
 
     Attributes:
-        rows: dicts with `epoch`, `train_loss`, `valid_loss`, the metrics, `lr` (the epoch's last) and `seconds`.
-        diverged: the epoch in which the training loss stopped being finite; None where it never did.
+        rows: dicts with `epoch` (from 1), `train_loss`, `valid_loss`, the metrics, `lr` (the epoch's last), `seconds`.
+        diverged: the epoch, from 0, in which the training loss stopped being finite; None where it never did.
     """
 
     order = 52  # right after the Recorder has the epoch's numbers
@@ -44,15 +44,20 @@ class History(Callback):
         recorder = self.learn.recorder
         names = [name for name in recorder.metric_names if name != "time"]
         self.rows.append(dict(zip(names, (_number(value) for value in recorder.log), strict=False)))
-        self.rows[-1] |= {"lr": float(recorder.lrs[-1]), "seconds": time.perf_counter() - self._began}
+        self.rows[-1] |= {
+            "epoch": self.learn.epoch + 1,
+            "lr": float(recorder.lrs[-1]),
+            "seconds": time.perf_counter() - self._began,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to go on."""
-        return {"rows": self.rows}
+        return {"rows": self.rows, "first": 1}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self.rows = list(state["rows"])
+        """Go on from a checkpoint; older ones number epochs from 0."""
+        later = 1 - state.get("first", 0)
+        self.rows = [row | {"epoch": row["epoch"] + later} for row in state["rows"]]
 
 
 def _number(value: Any) -> Any:
@@ -130,7 +135,7 @@ def _width(name: str) -> int:
 
 def _format(name: str, value: Any) -> str:
     if not isinstance(value, float):
-        return "-" if value is None else str(value + 1 if name == "epoch" else value)
+        return "-" if value is None else str(value)
     if name in _TITLES:
         return f"{100 * value:.2f} %"
     if name == "lr":

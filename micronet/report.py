@@ -80,29 +80,32 @@ def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4
     return figure, axes if rows * columns > 1 else axes[0, 0]
 
 
-def plot_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str, training: str = "training") -> None:
+def plot_curves(
+    rows: Sequence[Mapping[str, Any]], path: str | Path, title: str, training: str = "training loss"
+) -> None:
     """Draw losses and accuracies over the epochs of a fit.
 
     Args:
-        rows: one dict an epoch with `train_loss`, `valid_loss`, `top1`, `top5`.
+        rows: one dict an epoch with `epoch` (from 1), `train_loss`, `valid_loss`, `top1`, `top5`.
         path: the PNG.
         title: named above the plot.
-        training: what the training loss is of, for the legend; it is no loss of plain images where they are augmented.
+        training: what the training loss is, for the legend; as a rule it is another one than that of validation.
     """
-    figure, axes = new_figure(1, 2, (9.6, 3.8))
+    figure, axes = new_figure(1, 2, (9.6, 4.2))
     left, right = axes[0]
-    epochs = [row["epoch"] + 1 for row in rows]
+    epochs = [row["epoch"] for row in rows]
     marker = "o" if len(rows) < 40 else None
-    for name, label in (("train_loss", training), ("valid_loss", "validation")):
+    for name, label in (("train_loss", training), ("valid_loss", "validation cross-entropy")):
         left.plot(epochs, [row[name] for row in rows], label=label, marker=marker, markersize=3)
-    left.set(xlabel="epoch", ylabel="cross-entropy", title=title)
-    left.legend(frameon=False)
+    left.set(xlabel="epoch", ylabel="loss", title=title)
     for name, label in (("top1", "top-1"), ("top5", "top-5")):
         right.plot(epochs, [100 * row[name] for row in rows], label=label, marker=marker, markersize=3)
     right.set(xlabel="epoch", ylabel="right on validation, %")
-    right.legend(frameon=False, loc="lower right")
     for ax in (left, right):
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        # Below: a training loss can take many words, which would lie over the lines.
+        ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # 1, where there is one epoch
+        ax.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
         ax.grid(alpha=0.3)
     save_figure(figure, path)
 

@@ -10,6 +10,7 @@ import torch
 from fastai.callback.core import Callback
 from rich.console import Console
 
+from callbacks.ema import EMA
 from callbacks.protocol import OnnxFile, all_masks, having, onnx_of
 from micronet import bundle as bundles
 from micronet.bundle import Bundle
@@ -190,7 +191,7 @@ class _Run:
             bundle = self._edit(fit, before, data)
             learn = make_learner(fit, bundle.model, data, masks=bundle.masks, device=self.device, seed=seed, path=place)
         place.mkdir(exist_ok=True)
-        self._announce(fit, bundle)
+        self._announce(fit, bundle, any(isinstance(cb, EMA) for cb in learn.cbs))
         logger = _tensorboard(place) if self.options.tensorboard else ()
         result = run_fit(learn, fit, self.console, checkpoint=place / "checkpoint.pth", cbs=logger)
         if result.diverged is not None:
@@ -228,7 +229,7 @@ class _Run:
     def _save(self, bundle: Bundle, place: Path) -> None:
         bundles.save(bundle, place / "model.pth", factory=own_factory(self.recipe))
 
-    def _announce(self, fit: Fit, bundle: Bundle) -> None:
+    def _announce(self, fit: Fit, bundle: Bundle, averaged: bool) -> None:
         params = sum(p.numel() for p in bundle.model.parameters())
         bf16, channels_last = precision(fit, self.device)
         threads = torch.get_num_threads()
@@ -238,6 +239,10 @@ class _Run:
             f"{_count(fit.epochs, 'epoch')} on {self.device} in {how}, {_count(threads, 'thread')}",
             highlight=False,
         )
+        if fit.epochs:  # why the last epoch's numbers and the stage's differ
+            seen = f"in {'bf16' if bf16 else 'float32'}{', averaged weights' * averaged}"
+            told = f"top-1 of an epoch: validation images {seen}; of the stage: the same with its file in float32"
+            self.console.print(told, highlight=False)
 
     def _measure(self, index: int, made: Bundle, data: Data, result: FitResult, onnx: OnnxFile | None) -> None:
         """Write the stage's files; row.json comes last and marks the stage as done.

@@ -78,10 +78,10 @@ def keep_onnx(made: "OnnxFile", bundle: Bundle, data: Data, place: Path, *, test
     import onnx
 
     from micronet.deploy import described, keep
+    from micronet.gate_images import validation
     from micronet.measure import OnnxModule
     from micronet.model_source import of_bundle
     from micronet.parity import MOST_LOST, least_agreement
-    from micronet.quantize import validation
 
     file = place / made.name
     seen = replace(data, mean=bundle.mean, std=bundle.std)
@@ -109,7 +109,7 @@ def draw(fit: Fit, result: FitResult, data: Data, images: int, place: Path, titl
     if not result.rows:
         return
     write_csv(result.rows, place / "history.csv")
-    plot_curves(result.rows, place / "curves.png", title, _training(fit, data))
+    plot_curves(result.rows, place / "curves.png", title, _training(fit, data, result))
     plot_rates(result.lrs, place / "lr.png", title)
     if len({epoch.get("params") for epoch in result.rows}) > 1:
         plot_rounds({fit.name: rounds_of(result.rows, images)}, place / "rounds.png", title)
@@ -127,8 +127,8 @@ def _costs(cost: Score) -> dict[str, Any]:
     return {"rules": cost.rules.name} | {name: getattr(cost, name) for name in COSTS}
 
 
-def _training(fit: Fit, data: Data) -> str:
-    """What a fit's training loss is of, in a few words."""
-    changes = [("augmented", data.augment), ("smoothed", fit.label_smoothing)]
-    changed = " and ".join(word for word, given in changes if given)
-    return f"training, as {changed}" if changed else "training"
+def _training(fit: Fit, data: Data, result: FitResult) -> str:
+    """What a fit's training loss is of, in a few words: as a rule more than the cross-entropy of plain images."""
+    changes = [*result.loss, *(["smoothed labels"] if fit.label_smoothing else [])]
+    changes += ["augmented images"] if data.augment else []
+    return f"training loss ({', '.join(changes)})" if changes else "training loss"

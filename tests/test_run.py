@@ -101,7 +101,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_bits(way, tmp_path, monkeypatch)
     torch.rand(7)  # what another process would have drawn
     console = Console(record=True, file=io.StringIO(), width=200)
     run(recipe(Fit("train", **arguments)), tmp_path / "parts", options, console=console)
-    assert "going on from epoch 2 of 4 of stage train\n" in console.export_text()
+    assert "going on after epoch 2 of 4 of stage train\n" in console.export_text()
     assert torch.equal(weights(tmp_path / "whole" / "model.pth"), weights(tmp_path / "parts" / "model.pth"))
     rows = [read_rows(tmp_path / name)[0] for name in ("whole", "parts")]
     for row in rows:
@@ -316,12 +316,16 @@ def test_what_is_printed_of_a_fit(keep, tmp_path):
     assert 0 <= accuracy <= 1
     assert re.search(rf"\n +6 .* {100 * accuracy:.2f} %", text)
     assert re.search(r"\n +epoch .* top-1 +top-5 ", text)
+    assert [line.split(",")[0] for line in lines[1:]] == ["1", "2", "3", "4", "5", "6"]  # as in the table
 
 
 @pytest.mark.parametrize(
     ("smoothing", "augment", "says"),
-    [(0.1, Augment(crop=2), "training, as augmented and smoothed"), (0.0, Augment(crop=2), "training, as augmented")]
-    + [(0.0, None, "training")],
+    [
+        (0.1, Augment(crop=2), "training loss (smoothed labels, augmented images)"),
+        (0.0, Augment(crop=2), "training loss (augmented images)"),
+        (0.0, None, "training loss"),
+    ],
 )
 def test_the_curves_say_what_the_training_loss_is_of(smoothing, augment, says, tmp_path, monkeypatch):
     module = importlib.import_module("micronet.stage_files")

@@ -102,7 +102,7 @@ def test_an_interrupted_distillation_goes_on_to_the_same_bits(way, teacher, tmp_
     torch.rand(7)  # what another process would have drawn
     console = Console(record=True, file=io.StringIO(), width=200)
     run(made, tmp_path / "parts", LIMIT, console=console)
-    assert "going on from epoch 2 of 4" in console.export_text()
+    assert "going on after epoch 2 of 4" in console.export_text()
     assert torch.equal(weights(tmp_path / "whole" / "model.pth"), weights(tmp_path / "parts" / "model.pth"))
 
 
