@@ -9,7 +9,7 @@ Source: onnxruntime's calibrators for `percentile`'s 99.999; Migacz 2017, "8-bit
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -28,12 +28,20 @@ SMOOTHING = 1e-4  # of the whole, spread over all bins
 Watch = Callable[[int], None]
 
 
-def calibrated(proto: Any, images: np.ndarray, method: str = "minmax", watch: Watch = lambda done: None) -> Calibration:
+class Images(Protocol):
+    """Images normalised as a graph takes them: an array `(N, C, H, W)`, or what makes one of a slice when asked."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice) -> np.ndarray: ...
+
+
+def calibrated(proto: Any, images: Images, method: str = "minmax", watch: Watch = lambda done: None) -> Calibration:
     """Find the ranges of a graph's tensors.
 
     Args:
         proto: an `onnx.ModelProto` in float32 with one input; it stays as it is.
-        images: normalised as the graph takes them, **shape** `(N, C, H, W)`, float32; at least one.
+        images: at least one; `CHUNK` at a time are made float32.
         method: one of `METHODS`.
         watch: called with the number of images done, of `passes(method) * N`.
 
@@ -87,12 +95,12 @@ def _with_outputs(proto: Any, nodes: Sequence[Any], names: Sequence[str]) -> Any
     return more
 
 
-def _chunks(images: np.ndarray, size: int) -> Iterator[np.ndarray]:
+def _chunks(images: Images, size: int) -> Iterator[np.ndarray]:
     for start in range(0, len(images), size):
         yield np.ascontiguousarray(images[start : start + size], np.float32)
 
 
-def _extremes(proto: Any, names: Sequence[str], images: np.ndarray, watch: Watch) -> dict[str, Range]:
+def _extremes(proto: Any, names: Sequence[str], images: Images, watch: Watch) -> dict[str, Range]:
     from onnx import helper
 
     ends = [(name, op, f"{name}/{op}") for name in names for op in ("ReduceMin", "ReduceMax")]
@@ -110,7 +118,7 @@ def _extremes(proto: Any, names: Sequence[str], images: np.ndarray, watch: Watch
 
 
 def _histograms(
-    proto: Any, ranges: dict[str, Range], images: np.ndarray, watch: Watch, *, folded: bool
+    proto: Any, ranges: dict[str, Range], images: Images, watch: Watch, *, folded: bool
 ) -> dict[str, np.ndarray]:
     """Counts in `BINS` bins over each range; folded, of absolute values from 0."""
     names = list(ranges)

@@ -21,13 +21,15 @@ Cost: the export, 6 s (DenseNet-121: 35); calibration, one pass over its images 
     others; both graphs on all validation images; with a number for `keep_float`, a ranking (`layer_noise.py`): 7 s for
     ResNet-20, 158 for DenseNet-121.
 Interactions: it takes the network that the fit leaves: EMA's average, KeepBest's best epoch. A mask's zeros are zeros
-    still, each a byte of 0: int8 makes a sparse file no smaller, and no faster. Networks that were trained with
-    quantised weights (`QuantAware`) have their ranges and are exported, not quantised again.
+    still, each a byte of 0: int8 makes a sparse file no smaller, and no faster. On x86 without dot products of 8-bit
+    numbers sums saturate (`processor.py`), so that a file answers otherwise there: `reduce_range` gives weights 7 bits,
+    which can't (ResNet-20: right on 901 of 1,000 validation images, with 8 bits on 904). Networks that were trained
+    with quantised weights (`QuantAware`) have their ranges and are exported, not quantised again.
 Source: Jacob et al. 2018, "Quantization and Training of Neural Networks", https://arxiv.org/abs/1712.05877;
     Nagel et al. 2021, "A White Paper on Neural Network Quantization", https://arxiv.org/abs/2106.08295.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,11 +39,12 @@ from fastai.callback.core import Callback
 from callbacks.calibrate_onnx import METHODS, calibrated
 from callbacks.calibration import image_size
 from callbacks.checkpoint import random_state, set_random_state
-from callbacks.layer_noise import LayerNoise, Paired, images_to_rank, paired, rank_layers
+from callbacks.layer_noise import Ranking, ranking
 from callbacks.onnx_export import export_onnx
-from callbacks.onnx_run import open_session
+from callbacks.paired import Paired, compared
+from callbacks.processor import int8_note, processor
 from callbacks.protocol import OnnxFile
-from callbacks.quantize_onnx import Calibration, QuantizeError, quantize
+from callbacks.quantize_onnx import Calibration, QuantizeError, quantize, require_layers
 
 SPLITS = ("train", "valid")
 
@@ -106,20 +109,6 @@ def images_of(loader: Any, images: int, seed: int) -> tuple[np.ndarray, np.ndarr
     return np.concatenate([xb for xb, _ in parts]), np.concatenate([yb for _, yb in parts])
 
 
-def compared(before: Any, after: Any, batches: Iterator[tuple[np.ndarray, np.ndarray]]) -> Paired:
-    """Let two graphs answer the same images.
-
-    Args:
-        before: an `onnx.ModelProto`.
-        after: another one.
-        batches: images and labels.
-    """
-    sessions, answers = [open_session(proto) for proto in (before, after)], []
-    for images, labels in batches:
-        answers.append((*(session(images)[0] for session in sessions), labels))
-    return paired(*(np.concatenate(part) for part in zip(*answers, strict=True)))
-
-
 class QuantizeInt8(Callback):
     """Makes an int8 ONNX graph of the network that a fit leaves, also of a fit of no epochs.
 
@@ -129,6 +118,9 @@ class QuantizeInt8(Callback):
         seed: of the draw.
         method: how ranges are found: `minmax`, `entropy` or `percentile`.
         keep_float: names of layers that stay in float; or a number: of those that bring the most noise.
+        rank: whether the layers are ranked where that is not needed. The three worst are tested: what does leaving one
+            in float mend on validation images?
+        reduce_range: whether weights get 7 bits: for processors whose sums are short (`processor.py`).
         floor: most percentage points of top-1 on the validation images that may be lost, at least 0: a larger loss
             fails the fit. 1 is five times what 8 bits cost a network that suits them, and above twice the standard
             error on 5,000 images of which 2 % are answered otherwise.
@@ -147,6 +139,8 @@ class QuantizeInt8(Callback):
         seed: int = 0,
         method: str = "minmax",
         keep_float: int | Sequence[str] = (),
+        rank: bool = False,
+        reduce_range: bool = False,
         floor: float = 1.0,
     ) -> None:
         super().__init__()
@@ -161,24 +155,19 @@ class QuantizeInt8(Callback):
         if not floor >= 0:
             raise ValueError(f"floor must be percentage points of at least 0, got {floor}")
         self.images, self.split, self.seed, self.method = images, split, seed, method
-        self.keep_float, self.floor = keep_float, floor
+        self.keep_float, self.rank, self.reduce_range, self.floor = keep_float, rank, reduce_range, floor
         self._forget()
 
     def _forget(self) -> None:
-        self._made: Any = None
+        self._file: OnnxFile | None = None
         self._summary = ""
-        self._in_float: tuple[str, ...] = ()
         self.result: Paired | None = None
-        self.noise: list[LayerNoise] = []
+        self.ranking: Ranking | None = None
 
     @property
     def onnx(self) -> OnnxFile | None:
         """The int8 graph; None before a fit has ended."""
-        if self._made is None:
-            return None
-        how = {"images": self.images, "split": self.split, "seed": self.seed, "method": self.method}
-        how["keep_float"] = list(self._in_float)
-        return OnnxFile("model_int8.onnx", self._made.SerializeToString(), how, self.floor)
+        return self._file
 
     @property
     def summary(self) -> str:
@@ -186,13 +175,19 @@ class QuantizeInt8(Callback):
         return self._summary
 
     def before_fit(self) -> None:
-        """Forget what an earlier fit left, and refuse validation images that are the test images."""
+        """Forget what an earlier fit left; refuse validation images that are the test images, and unknown layers."""
         self._forget()
         if vars(self.learn.dls).get("valid_is_test"):
             raise ValueError(
                 "the validation images are the test images, which calibrate, rank and judge nothing: cut others from "
                 "the training images (valid=0.02)"
             )
+        if not isinstance(self.keep_float, int) and self.keep_float and not hasattr(self.learn, "lr_finder"):
+            drawn = random_state()
+            try:  # names are those of the graph, and a long fit must not end with a wrong one
+                require_layers(export_onnx(self.learn.model, image_size(self.learn)), self.keep_float)
+            finally:
+                set_random_state(drawn)
 
     def after_fit(self) -> None:
         """Quantise, and compare with the float network on the validation images.
@@ -213,8 +208,8 @@ class QuantizeInt8(Callback):
         source = dls.train if self.split == "train" else dls.valid
         images, _ = images_of(source, self.images, self.seed)
         calibration = calibrated(export_onnx(self.learn.model, image_size(self.learn)), images, self.method)
-        in_float = tuple(self._kept(calibration))
-        made = quantize(calibration, in_float)
+        in_float = self._kept(calibration)
+        made = quantize(calibration, in_float, reduce_range=self.reduce_range)
         result = compared(calibration.proto, made, plain_batches(dls.valid))
         if result.drop > self.floor:
             raise QuantizeError(
@@ -222,20 +217,38 @@ class QuantizeInt8(Callback):
                 f"{result.before:,}: {result.drop:.2f} points are lost, floor={self.floor:g} are allowed "
                 f"(by chance with p = {result.p:.2g}); keep_float=3 leaves the worst layers in float"
             )
-        self._made, self.result, self._in_float = made, result, in_float
-        drawn = f"{len(images):,} images of {self.split} (seed {self.seed}, {self.method})"
-        self._summary = (
-            f"int8 from {drawn}: {made.ByteSize():,} bytes; "
-            f"right on {result.after:,} of {result.images:,} validation images, float on {result.before:,}; "
-            f"the same class on {result.agreeing:,}" + (f"; in float: {', '.join(in_float)}" if in_float else "")
-        )
+        how = {"images": calibration.images, "split": self.split, "seed": self.seed, "method": calibration.method}
+        how |= {"keep_float": list(in_float), "reduce_range": self.reduce_range}
+        self._file = OnnxFile("model_int8.onnx", made.SerializeToString(), how, self.floor)
+        self.result = result
+        self._summary = "; ".join(self._told(how))
 
-    def _kept(self, calibration: Calibration) -> Sequence[str]:
+    def _kept(self, calibration: Calibration) -> tuple[str, ...]:
         """The layers that stay in float."""
+        if self.rank or (isinstance(self.keep_float, int) and self.keep_float):
+            self.ranking = ranking(calibration, self._drawn, reduce_range=self.reduce_range)
         if not isinstance(self.keep_float, int):
-            return self.keep_float
-        if not self.keep_float:
-            return ()
-        images, _ = images_of(self.learn.dls.valid, images_to_rank(len(calibration.layers)), self.seed)
-        self.noise = rank_layers(calibration, images)
-        return [layer.name for layer in self.noise[: self.keep_float]]
+            return tuple(self.keep_float)
+        return tuple(layer.name for layer in self.ranking.noise[: self.keep_float]) if self.ranking else ()
+
+    def _drawn(self, number: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """So many validation images, batch by batch."""
+        valid = self.learn.dls.valid
+        return plain_batches(valid, chosen_images(len(valid.dataset), number, self.seed))
+
+    def _told(self, how: Mapping[str, Any]) -> Iterator[str]:
+        """What was made of what, in parts of a line."""
+        result, names = self.result, how["keep_float"]
+        bits = " with weights of 7 bits" if self.reduce_range else ""
+        drawn = f"{how['images']:,} images of {how['split']} (seed {how['seed']}, {how['method']})"
+        yield f"int8{bits} from {drawn}: {len(self._file.content):,} bytes"
+        yield f"right on {result.after:,} of {result.images:,} validation images, float on {result.before:,}"
+        yield f"the same class on {result.agreeing:,}"
+        if names:
+            yield f"in float: {', '.join(names)}"
+        if self.ranking is not None:
+            noise = {layer.name: layer.snr for layer in self.ranking.noise}
+            for name, test in self.ranking.confirmed.items():
+                yield f"{name} alone {noise[name]:.1f} dB, with it in float {test.told}"
+        if note := int8_note(processor()[1], "reduce_range=True", reduced=self.reduce_range):
+            yield note

@@ -2,7 +2,8 @@
 
 `calibrated` (`calibrate_onnx.py`) makes a `Calibration`, a graph with the range of each of its tensors; `quantize`
 makes the int8 graph, as often as asked, without running an image again. Weights get codes from -127 to 127 with a scale
-for each output; a zero stays the code 0. Tensors get codes from 0 to 255. The last layer gives its logits as float.
+for each output, or from -64 to 64 for processors whose sums are short (`processor.py`); a zero stays the code 0.
+Tensors get codes from 0 to 255. The last layer gives its logits as float.
 
 A BatchNorm that could not be folded stands in front of its convolution, and reads what several layers have summed up or
 put side by side. That stream stays in float, from layer to layer, and so does the BatchNorm; only what goes into a
@@ -13,6 +14,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ from callbacks.onnx_export import drop_unread, stripped
 
 Range = tuple[float, float]
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+MOST_CODE, REDUCED_CODE = 127, 64  # of a weight; the latter is what onnxruntime's quantiser has for `reduce_range`
+NEAR = 3  # names that a message gives
 # What a stream in front of a BatchNorm can have passed: none of it calculates with weights.
 _STREAM = ("Add", "Sum", "Mul", "Concat", "BatchNormalization", "Relu", "AveragePool", "MaxPool", "Identity")
 
@@ -139,12 +143,33 @@ def float_nodes(graph: Any) -> set[str]:
     return found
 
 
-def quantize(calibration: Calibration, keep_float: Sequence[str] = ()) -> Any:
+def require_layers(proto: Any, keep_float: Sequence[str]) -> None:
+    """Refuse names that are no layers' before anything is calibrated for them.
+
+    Args:
+        proto: an `onnx.ModelProto` in float32; its nodes need no names.
+        keep_float: layers that are to stay in float, named as in the network.
+
+    Raises:
+        QuantizeError: there is no layer of such a name, or none is left.
+    """
+    layers = layers_of(proto)
+    for name in keep_float:
+        if name not in layers:
+            near = get_close_matches(name, layers, NEAR)
+            told = f"near it: {', '.join(near)}" if near else f"there are {', '.join(list(layers)[:NEAR])}"
+            raise QuantizeError(f"keep_float: no layer {name!r}; {told} ({len(layers)} in all)")
+    if len(set(keep_float)) == len(layers):
+        raise QuantizeError("keep_float: no layer is left to quantise")
+
+
+def quantize(calibration: Calibration, keep_float: Sequence[str] = (), *, reduce_range: bool = False) -> Any:
     """Make the int8 graph.
 
     Args:
         calibration: the float graph and its ranges.
         keep_float: layers whose weights and sums stay in float, named as in the network.
+        reduce_range: whether weights get codes from -64 to 64, so that no sum of two products is beyond 16 bits.
 
     Returns:
         An `onnx.ModelProto` with inputs and outputs as before, stripped.
@@ -152,20 +177,16 @@ def quantize(calibration: Calibration, keep_float: Sequence[str] = ()) -> Any:
     Raises:
         QuantizeError: there is no layer of such a name, or none is left.
     """
+    require_layers(calibration.proto, keep_float)
     layers = calibration.layers
-    unknown = [name for name in keep_float if name not in layers]
-    if unknown:
-        raise QuantizeError(f"keep_float: no layer {unknown[0]!r}; there are {', '.join(list(layers)[:4])}, ...")
-    if len(set(keep_float)) == len(layers):
-        raise QuantizeError("keep_float: no layer is left to quantise")
     kept = {layers[name] for name in keep_float} | float_nodes(calibration.proto.graph)
     with _quiet():
-        quantised = _qdq(calibration, kept)
+        quantised = _qdq(calibration, kept, reduce_range)
     _tidy(quantised.graph)
     return stripped(quantised)
 
 
-def _qdq(calibration: Calibration, kept: set[str]) -> Any:
+def _qdq(calibration: Calibration, kept: set[str], reduce_range: bool) -> Any:
     import onnx
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization.calibrate import TensorData
@@ -178,7 +199,7 @@ def _qdq(calibration: Calibration, kept: set[str]) -> Any:
     quantizer = QDQQuantizer(
         proto,
         per_channel=True,
-        reduce_range=False,
+        reduce_range=reduce_range,
         weight_qType=QuantType.QInt8,
         activation_qType=QuantType.QUInt8,
         tensors_range={

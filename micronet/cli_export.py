@@ -19,6 +19,7 @@ from micronet.cli_options import (
 )
 from micronet.cli_score import Arch, InputSize, Trust, parse_size
 from micronet.errors import MicronetError
+from micronet.file_kind import require_model
 
 if TYPE_CHECKING:
     from micronet.data import Data
@@ -103,41 +104,67 @@ def export(
         raise typer.BadParameter(f"-o {file}: an ONNX file's name ends in .onnx")
     if model.suffix.lower() == ".onnx":
         raise MicronetError(f"{model}: is an ONNX file already; give the model.pth that it came from")
+    if not (arch or trust):  # which say themselves what the file is
+        require_model(model, onnx=False)
     check_outputs({"-o": file}, [model, factory, data_dir])
     use_data(data_dir)
     if trust:
         print(f"micronet: --trust: reading {model} runs whatever code it holds", file=sys.stderr)
+    source = _opened(model, find_users_factory(factory), input_size, arch, trust, int4)
+    lines = _written(source, file, _real(source, model, data), int4, normalise, images, floor)
+    console = make_console()
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+
+
+def _opened(
+    model: Path, build: Any, input_size: str | None, arch: str | None, trust: bool, int4: bool
+) -> "ModelSource":
+    """The network with its weights; what there is nothing to export of is refused."""
+    from callbacks.fake_quantize import quantised_layers
     from micronet.model_source import open_model
 
-    build, size = find_users_factory(factory), parse_size(input_size)
+    size = parse_size(input_size)
     source = open_model(str(model), input_size=size, factory=build, arch=arch, trust=trust)
     if source.module is None or any(p.is_meta for p in source.module.parameters()):
         raise MicronetError(
             f"{model}: is no network with weights; export takes a model.pth, or a state dict and --arch"
         )
-    from callbacks.fake_quantize import quantised_layers
-
-    quantised = bool(quantised_layers(source.module))
-    if int4 and not quantised:
+    if int4 and not quantised_layers(source.module):
         raise MicronetError(
             f"{model}: --int4 is for layers that QuantAware trained, and none of its layers is quantised; "
             "`micronet quantize` makes it int8"
         )
-    chosen = _real(source, model, data)
-    if quantised:
+    return source
+
+
+def _written(
+    source: "ModelSource",
+    file: Path,
+    data: "Data",
+    int4: bool,
+    normalise: bool,
+    images: int | None,
+    floor: float | None,
+) -> list[str]:
+    """Write the file; what there is to say of it."""
+    from callbacks.fake_quantize import quantised_layers
+
+    if quantised_layers(source.module):
         from micronet.export_quantised import export_quantised
 
-        made = export_quantised(source, file, chosen, int4=int4, normalise=normalise, number=images, floor=floor)
-        lines = [*_lines(made.kept, source, chosen), *_quantised_lines(made)]
-    else:
-        from micronet.deploy import export as write
+        made = export_quantised(source, file, data, int4=int4, normalise=normalise, number=images, floor=floor)
+        return [*_lines(made.kept, source, data), *_quantised_lines(made, source.masked_zeros)]
+    from micronet.deploy import export as write
 
-        share = 1.0 if floor is None else floor
-        kept = write(source, file, chosen, normalise=normalise, number=images or 1000, floor=share)
-        lines = _lines(kept, source, chosen)
-    console = make_console()
-    for line in lines:
-        console.print(line, highlight=False, markup=False)
+    share = 1.0 if floor is None else floor
+    kept = write(source, file, data, normalise=normalise, number=images or 1000, floor=share)
+    lines = _lines(kept, source, data)
+    if zeros := source.masked_zeros:
+        lines.append(
+            f"{zeros:,} zeros are stored as numbers: an ONNX file of a sparse network is no smaller, no faster"
+        )
+    return lines
 
 
 def _real(source: "ModelSource", model: Path, data: str | None) -> "Data":
@@ -178,22 +205,28 @@ def _lines(kept: "Kept", source: "ModelSource", data: "Data") -> list[str]:
         lines.append(f"its file names no classes and no mean and std: those of {data.name} were written")
     if kept.uncounted:
         lines.append(f"no score was written: {kept.uncounted}")
-    if zeros := source.masked_zeros:
-        lines.append(
-            f"{zeros:,} zeros are stored as numbers: an ONNX file of a sparse network is no smaller, no faster"
-        )
     return lines
 
 
-def _quantised_lines(made: "Exported") -> list[str]:
+def _quantised_lines(made: "Exported", zeros: int) -> list[str]:
     """What a file of codes holds, what it costs, and what onnxruntime makes of it."""
+    from micronet.machine import int8_told
+
     run, before, after = made.kernels, made.before, made.after
     lines = [
         f"weights: {_widths(before)} in MODEL, {_widths(after)} in the file; storage by its own ledger "
         f"{after.words:,.0f} words, MODEL's {before.words:,.0f}"
     ]
-    if after.widths == before.widths and after.words < before.words:
-        lines.append("an ONNX file names no masks: its ledger takes a layer for sparse where that is smaller")
+    if after.sparse:
+        lines.append(
+            f"its ledger takes {after.sparse} of {sum(after.widths.values())} layers for sparse, where a bit for each "
+            "weight and the codes that are not 0 are fewer words: the file itself stores every code"
+        )
+    if zeros:
+        lines.append(
+            f"{zeros:,} zeros of MODEL's masks are codes of 0 among these: an ONNX file of a sparse network is no "
+            "smaller, no faster"
+        )
     kinds = [f"{run.integer_convs} of {run.convs} convolutions with integers"] if run.convs else []
     if run.products:
         packed = f", {run.packed_products} on weights of 4 bits (MatMulNBits)" if run.packed_products else ""
@@ -209,6 +242,8 @@ def _quantised_lines(made: "Exported") -> list[str]:
             "narrower codes of convolutions are stored in 8 bits, as integer kernels take them, and counted so; --int4 "
             "stores 4 bits, and is several times slower"
         )
+    if note := "" if made.int4 else int8_told(""):
+        lines.append(note)
     return lines
 
 

@@ -7,6 +7,7 @@ import typer
 
 from micronet.cli_options import Factory, check_outputs, find_users_factory, make_console
 from micronet.errors import MicronetError
+from micronet.file_kind import require_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,6 +44,7 @@ def pack(
     file = out or model.with_suffix(SUFFIX)
     if file.suffix.lower() != SUFFIX:
         raise typer.BadParameter(f"-o {file}: a packed file's name ends in {SUFFIX}")
+    require_model(model, onnx=False)
     check_outputs({"-o": file}, [model, factory])
     from micronet.bundle import load
     from micronet.pack import pack as write
@@ -73,6 +75,7 @@ def unpack(
     target = out or file.with_name(f"{file.stem}-unpacked.pth")
     if target.suffix.lower() != ".pth":
         raise typer.BadParameter(f"-o {target}: a model file's name ends in .pth")
+    require_model(file, onnx=False)
     check_outputs({"-o": target}, [file, factory])
     from micronet.pack import unpack as write
     from micronet.unpack import read
@@ -124,8 +127,14 @@ def _lines(packing: "Packing", model: Path) -> "Iterator[str]":
     if unread := packing.deployed.unread:
         yield f"left out: {len(unread)} tensors that no answer depends on, such as {unread[0]}: zero when it is read"
     yield "read again: the deployed network, bit for bit (state, masks, logits)"
+    apart, links = packing.likeness.logits, packing.likeness.links
     yield (
-        f"beside {model}: relative error of the logits {float(packing.apart.max()):.1e} at most, "
-        f"{float(packing.apart.median()):.1e} in the median, on {len(packing.apart)} images of noise"
+        f"beside {model}: relative error of the logits {float(apart.max()):.1e} at most, "
+        f"{float(apart.median()):.1e} in the median, on {len(apart)} images of noise"
     )
+    if len(links) > 1:
+        yield (
+            f"the same codes; given what it gets there, each of {len(links) - 1} quantised layers hands on the same up "
+            f"to a relative error of {max(links.values()):.1e}"
+        )
     yield f"next:   micronet score {packing.path}"

@@ -1,5 +1,6 @@
 """`micronet quantize`: parse, call, print."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,11 +18,13 @@ from micronet.cli_options import (
     use_data,
 )
 from micronet.errors import MicronetError
+from micronet.file_kind import require_model
 
 if TYPE_CHECKING:
+    from callbacks.layer_noise import Ranking
     from micronet.bundle import Bundle
     from micronet.data import Data
-    from micronet.quantised_file import Quantised, Ranking
+    from micronet.quantised_file import Quantised
 
 _KINDS = {"int8": ".onnx", "float16": ".onnx", "minmax8": ".pth"}
 _SHOWN = 5
@@ -58,6 +61,12 @@ def quantize(
         str | None,
         typer.Option(metavar="NUMBER|NAMES", help="int8: leave the worst so many layers in float, or these (a,b)."),
     ] = None,
+    reduce_range: Annotated[
+        bool,
+        typer.Option(
+            "--reduce-range", help="int8: weights of 7 bits, for CPUs whose 16-bit sums saturate (no VNNI, no AMX)."
+        ),
+    ] = False,
     compute: Annotated[
         str | None, typer.Option(metavar="float16", help="float16: compute in it, too, where a runtime can.")
     ] = None,
@@ -99,37 +108,47 @@ def quantize(
 
     Example: `micronet quantize runs/resnet20_cifar10/model.pth --rank -o resnet20-int8.onnx`
     """
-    if to not in _KINDS:
-        raise typer.BadParameter(f"--to must be one of {', '.join(_KINDS)}, got {to!r}")
     given = {"images": images, "calibrate": calibrate, "method": method, "seed": seed, "keep_float": keep_float}
-    given = {name: value for name, value in (given | ({"rank": True} if rank else {})).items() if value is not None}
+    given |= {"rank": rank or None, "reduce_range": reduce_range or None}
+    given = {name: value for name, value in given.items() if value is not None}
     _check(to, given, compute)
-    target = out or model.with_name(f"{model.stem}-{to}{_KINDS[to]}")
-    if target.suffix != _KINDS[to]:
-        raise typer.BadParameter(f"-o {target}: the name of such a file ends in {_KINDS[to]}")
-    check_outputs({"-o": target, "--json": json}, [model, factory, data_dir])
+    target = _target(model, out, to)
     if model.suffix.lower() == ".onnx":
         raise MicronetError(f"{model}: is an ONNX file, quantised or not; give the model.pth that it came from")
+    require_model(model, onnx=False)
+    check_outputs({"-o": target, "--json": json}, [model, factory, data_dir])
     use_data(data_dir)
-    from micronet.bundle import load
-
-    build = find_users_factory(factory)
-    bundle = load(model, factory=build)
-    chosen, told = _images(bundle, model, data)
-    found = _made(bundle, model, chosen, target, to, given, compute, floor, agreement, build)
+    asked = Asked(model, target, to, given, compute, floor, agreement, find_users_factory(factory))
+    found, told = _made(asked, data)
+    console = make_console()
+    for line in [*_lines(found), *told]:
+        console.print(line, highlight=False, markup=False)
     if json is not None:
         from json import dumps
 
         from micronet.report import write_text
 
         write_text(dumps(found.to_json(), indent=1) + "\n", json)
-    console = make_console()
-    for line in [*_lines(found), *told]:
-        console.print(line, highlight=False, markup=False)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command was asked for; names as of its options."""
+
+    model: Path
+    target: Path
+    to: str
+    int8: dict[str, Any]
+    compute: str | None
+    floor: float
+    agreement: float | None
+    build: Any
 
 
 def _check(to: str, given: dict[str, Any], compute: str | None) -> None:
     """Refuse options that would do nothing, and words that mean nothing."""
+    if to not in _KINDS:
+        raise typer.BadParameter(f"--to must be one of {', '.join(_KINDS)}, got {to!r}")
     if to != "int8" and given:
         raise typer.BadParameter(f"--{next(iter(given)).replace('_', '-')} is for --to int8")
     if compute is not None and (to != "float16" or compute != "float16"):
@@ -141,6 +160,53 @@ def _check(to: str, given: dict[str, Any], compute: str | None) -> None:
     if "keep_float" in given:
         text = given["keep_float"]
         given["keep_float"] = int(text) if text.isdecimal() else tuple(part.strip() for part in text.split(","))
+
+
+def _target(model: Path, out: Path | None, to: str) -> Path:
+    """The file that is to be written."""
+    target = out or model.with_name(f"{model.stem}-{to}{_KINDS[to]}")
+    if target.suffix != _KINDS[to]:
+        raise typer.BadParameter(f"-o {target}: the name of such a file ends in {_KINDS[to]}")
+    return target
+
+
+def _made(asked: Asked, data: str | None) -> "tuple[Quantised, list[str]]":
+    """Write the file; what a user should know of what it was made from."""
+    from micronet.bundle import load
+
+    bundle = load(asked.model, factory=asked.build)
+    told = _stored(asked, bundle)
+    graph = _graph(asked, bundle)
+    chosen, more = _images(bundle, asked.model, data)
+    return _written(asked, bundle, chosen, graph), [*told, *more]
+
+
+def _stored(asked: Asked, bundle: "Bundle") -> list[str]:
+    """Refuse weights that are codes already; say so where they were rounded to 8 bits as they were stored."""
+    from micronet.bundle_file import is_minmax8
+
+    if bundle.bits:
+        raise MicronetError(
+            f"{asked.model}: was trained with quantised weights ({len(bundle.bits)} layers): `micronet export` writes "
+            "them"
+        )
+    if not is_minmax8(asked.model):
+        return []
+    if asked.to == "minmax8":
+        raise MicronetError(
+            f"{asked.model}: its weights are stored in 8 bits already (minmax8): a file of these would be compared "
+            "with them, not with the network that was trained; copy it, or give the model.pth that it came from"
+        )
+    return [f"{asked.model} stores weights rounded to 8 bits (minmax8): in float32 means these, not those trained"]
+
+
+def _graph(asked: Asked, bundle: "Bundle") -> Any:
+    """The float graph where layers are named, so that a wrong name is found before any image is read; else None."""
+    from micronet.model_source import of_bundle
+    from micronet.quantize import float_graph
+
+    names = asked.int8.get("keep_float", 0)
+    return None if isinstance(names, int) else float_graph(of_bundle(bundle, str(asked.model)), names)
 
 
 def _images(bundle: "Bundle", model: Path, data: str | None) -> "tuple[Data, list[str]]":
@@ -162,31 +228,17 @@ def _images(bundle: "Bundle", model: Path, data: str | None) -> "tuple[Data, lis
     return images_for(source, name, **how), told
 
 
-def _made(
-    bundle: "Bundle",
-    model: Path,
-    data: "Data",
-    target: Path,
-    to: str,
-    given: dict[str, Any],
-    compute: str | None,
-    floor: float,
-    agreement: float | None,
-    build: Any,
-) -> "Quantised":
+def _written(asked: Asked, bundle: "Bundle", data: "Data", graph: Any) -> "Quantised":
     from micronet.model_source import of_bundle
     from micronet.quantize import Int8, to_float16, to_int8, to_minmax8
 
-    if bundle.bits:
-        raise MicronetError(
-            f"{model}: was trained with quantised weights ({len(bundle.bits)} layers): `micronet export` writes them"
-        )
-    source, least = of_bundle(bundle, str(model)), {"floor": floor, "agreement": agreement}
-    if to == "minmax8":
-        return to_minmax8(bundle, target, data, factory=build, name=str(model), **least)
-    if to == "float16":
-        return to_float16(source, target, data, compute=compute is not None, **least)
-    return to_int8(source, target, data, Int8(**given), **least)
+    name, target = str(asked.model), asked.target
+    source, least = of_bundle(bundle, name), {"floor": asked.floor, "agreement": asked.agreement}
+    if asked.to == "minmax8":
+        return to_minmax8(bundle, target, data, factory=asked.build, name=name, **least)
+    if asked.to == "float16":
+        return to_float16(source, target, data, compute=asked.compute is not None, **least)
+    return to_int8(source, target, data, Int8(**asked.int8), graph=graph, **least)
 
 
 def _lines(found: "Quantised") -> list[str]:
@@ -208,7 +260,7 @@ def _lines(found: "Quantised") -> list[str]:
         how = found.how
         lines.append(
             f"calibrated on {how['images']:,} images of {how['calibrate']} (seed {how['seed']}, {how['method']}); the "
-            "test images were not looked at"
+            f"test images were not looked at{'; weights of 7 bits' if how['reduce_range'] else ''}"
         )
     if found.worst:
         lines.append(f"the tensor that lost most: {found.worst[0]}, {100 * found.worst[1]:.2f} % of its norm")
@@ -221,9 +273,4 @@ def _ranked(ranking: "Ranking") -> list[str]:
         f"noise of each layer alone at the logits, {ranking.images} validation images, {ranking.seconds:.0f} s; the "
         f"worst of {len(ranking.noise)}: {shown}"
     ]
-    for name, test in ranking.confirmed.items():
-        lines.append(
-            f"with {name} in float: right on {test.after:,} of {test.images:,} images, {test.won} won and {test.lost} "
-            f"lost against all in int8 (p = {test.p:.2g}, exact McNemar)"
-        )
-    return lines
+    return lines + [f"with {name} in float: {test.told}" for name, test in ranking.confirmed.items()]

@@ -42,10 +42,12 @@ class Stored:
     Args:
         widths: how many layers have weights of each width, in bits.
         words: storage of all arrays, in words of 32 bits.
+        sparse: how many layers it takes for sparse: a bit for each weight, and the codes of those that are not zero.
     """
 
     widths: Mapping[int, int]
     words: float
+    sparse: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,5 +126,7 @@ def export_quantised(
 
 
 def _stored(ledger: "Ledger") -> Stored:
-    widths = Counter(array.bits for array in ledger.arrays if array.role == "weight")
-    return Stored(widths=dict(sorted(widths.items())), words=tally("", ledger, official).storage)
+    weights = [array for array in ledger.arrays if array.role == "weight"]
+    widths = Counter(array.bits for array in weights)
+    sparse = sum(array.stored(array.bits)[1] < 1 for array in weights)
+    return Stored(widths=dict(sorted(widths.items())), words=tally("", ledger, official).storage, sparse=sparse)

@@ -1,12 +1,15 @@
 """Real images that a file is compared on with the network that it was made from."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from micronet.data import Data
 from micronet.data.splits import spread
+from micronet.errors import MicronetError
 
 
 def scaled(pixels: Tensor) -> Tensor:
@@ -23,6 +26,38 @@ def normalised(scaled: Tensor, how: "RealImages | Data") -> Tensor:
     """
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (how.mean, how.std))
     return (scaled - mean) / std
+
+
+@dataclass(frozen=True, eq=False)
+class Floats:
+    """Images as a network takes them, made of bytes when a slice is asked for: in float32 all take four times as much.
+
+    Args:
+        pixels: **shape** `(N, C, H, W)`, uint8.
+        how: has the mean and deviation of each channel.
+    """
+
+    pixels: Tensor
+    how: "RealImages | Data"
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.pixels)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Some of them, `(N, C, H, W)`, float32."""
+        return normalised(scaled(self.pixels[part]), self.how).numpy()
+
+    def batches(self, labels: Tensor, size: int = 64) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All of them with their labels, some at a time.
+
+        Args:
+            labels: `(N,)`.
+            size: how many at a time.
+        """
+        for start in range(0, len(self), size):
+            part = slice(start, start + size)
+            yield self[part], labels[part].numpy()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -80,3 +115,21 @@ def real_images(data: Data, number: int) -> RealImages:
         std=data.std,
         told=f"{' and '.join(told)} of {data.name}",
     )
+
+
+def validation(data: Data) -> RealImages:
+    """All validation images.
+
+    Args:
+        data: the image sets.
+
+    Raises:
+        MicronetError: they are the test images.
+    """
+    if data.valid_is_test:
+        raise MicronetError(
+            f"{data.name}: its validation images are the test images, which choose nothing; cut validation images from "
+            "the training images in the recipe"
+        )
+    told = f"{len(data.valid):,} validation images of {data.name}"
+    return RealImages(pixels=data.valid.images, labels=data.valid.labels, mean=data.mean, std=data.std, told=told)

@@ -10,14 +10,11 @@ from typing import Any
 import torch
 
 import micronet
+from callbacks.processor import CPUINFO, INT8_DOT, int8_note, processor
 
 # The instruction sets that decide how fast small networks run, on x86 and on Arm, as Linux names them.
-# Dot products of 8-bit numbers that are summed in 32 bits; without them, x86 sums pairs in 16, which can be too few.
-# Source: Linux, arch/x86/include/asm/cpufeatures.h and Documentation/arch/arm64/elf_hwcaps.rst; onnxruntime's
-# documentation, "Quantize ONNX Models", on saturation with AVX2 and AVX512.
-_INT8_DOT = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp")
-_INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "i8mm", "sve", *_INT8_DOT)
-_CPUINFO = Path("/proc/cpuinfo")
+_INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "i8mm", "sve", *INT8_DOT)
+_CPUINFO = CPUINFO
 
 
 def hardware(device: str) -> dict[str, Any]:
@@ -26,12 +23,12 @@ def hardware(device: str) -> dict[str, Any]:
     Args:
         device: where the network runs.
     """
-    fields, flags = _processor()
+    cpu = cpu_told()
     machine: dict[str, Any] = {
-        "cpu": fields.get("model name", platform.processor() or platform.machine()),
+        "cpu": cpu["cpu"],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "instruction_sets": [name for name in _INSTRUCTION_SETS if name in flags],
+        "instruction_sets": cpu["instruction_sets"],
         "device": device,
     }
     if torch.device(device).type == "cuda":
@@ -39,17 +36,28 @@ def hardware(device: str) -> dict[str, Any]:
     return machine
 
 
+def cpu_told() -> dict[str, Any]:
+    """The processor's model, and which of the instruction sets it has that decide numbers and times."""
+    fields, flags = processor(_CPUINFO)
+    return {
+        "cpu": fields.get("model name", platform.processor() or platform.machine()),
+        "instruction_sets": [name for name in _INSTRUCTION_SETS if name in flags],
+    }
+
+
 def int8_dot() -> bool:
     """Whether the processor has dot products of 8-bit numbers that do not saturate at 16 bits; False if unknown."""
-    return not _processor()[1].isdisjoint(_INT8_DOT)
+    return not processor(_CPUINFO)[1].isdisjoint(INT8_DOT)
 
 
-def _processor() -> tuple[dict[str, str], set[str]]:
-    """What Linux tells of the first processor: its fields, and its instruction sets; nothing elsewhere."""
-    info = _CPUINFO.read_text() if _CPUINFO.exists() else ""
-    lines = (line.split(":", 1) for line in info.split("\n\n")[0].splitlines() if ":" in line)
-    fields = {name.strip(): value.strip() for name, value in lines}
-    return fields, set(f"{fields.get('flags', '')} {fields.get('Features', '')}".split())
+def int8_told(option: str, *, reduced: bool = False) -> str:
+    """What to know of int8 on this processor, as `int8_note` has it; empty where there is nothing.
+
+    Args:
+        option: what gives weights 7 bits, for the line; empty where nothing does.
+        reduced: whether the weights have 7 bits.
+    """
+    return int8_note(processor(_CPUINFO)[1], option, reduced=reduced)
 
 
 def versions() -> dict[str, str]:

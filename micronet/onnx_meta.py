@@ -39,7 +39,8 @@ class Meta:
         std: what to divide each channel by after that.
         normalised: whether the graph does both itself, so that it is to be given what is scaled to [0, 1].
         score: totals of its score, with the rules' name; empty where an operation has no rule.
-        gate: how it compared with the network that it was made from, on real images.
+        gate: how it compared with the network that it was made from, on real images; by which runtime, on which
+            processor.
         provenance: recipe and its values, versions, commit. No paths.
     """
 

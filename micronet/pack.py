@@ -4,7 +4,6 @@
 the ledger's arrays have bits, each array rounded up to whole bytes.
 """
 
-import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,18 +24,11 @@ from micronet.bundle import Bundle, load, save, structure_of
 from micronet.deployed import Deployed, deploy
 from micronet.entropy import Encoder
 from micronet.errors import MicronetError
+from micronet.pack_gate import Likeness, noise, require_like
 from micronet.packed_arrays import CODED
-from micronet.parity import relative_errors
 from micronet.unpack import FORMAT, VERSION, Packed, digest, read
 
 FLOAT = 32
-PROBES = 12  # images that the network is asked about when the file is read again
-# Largest relative error of the logits beside the network that was packed, at 32 and 16 bits: float32 rounds to 1e-7 and
-# float16 to 5e-4, and 100 layers add up.
-MOST_APART = {FLOAT: 1e-4, 16: 0.01}
-# Of networks with quantised layers, the median over the images: each rounding tips some codes, at 16 bits many of them,
-# as all step sizes are rounded. Networks of 4 bits: 0.07 to 0.3 on images of noise.
-MEDIAN_APART = {FLOAT: 0.1, 16: 0.5}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +40,14 @@ class Packing:
         packed: what was read.
         deployed: the network that it holds.
         claim_bytes: what the ledger's arrays take, each in whole bytes, at the file's widths.
-        apart: relative error of the logits of each of `PROBES` images of noise, beside the network that was packed.
+        likeness: how it compares with the network that was packed.
     """
 
     path: Path
     packed: Packed
     deployed: Deployed
     claim_bytes: int
-    apart: Tensor
+    likeness: Likeness
 
 
 def claim(arrays: list[Array], float_bits: int) -> int:
@@ -93,6 +85,29 @@ def pack(
     if float16:
         _round(deployed)
     writer = _Writer(deployed, float_bits, Encoder() if coded else None)
+    text = _text(bundle, deployed, writer, float_bits, factory, path)
+    metadata = {"micronet": text, "sha256": digest(text, writer.tensors)}
+    claimed = claim(list(deployed.ledger.arrays), float_bits)
+    with whole_or_absent(path) as beside:
+        beside.write_bytes(_in_order(serialise(writer.tensors, metadata)))
+        with _named(beside, path):
+            packed = read(beside, factory=factory)
+        _require_same(packed.bundle, deployed.bundle, path)
+        try:
+            likeness = require_like(packed.bundle, bundle, float_bits)
+        except MicronetError as error:
+            raise MicronetError(f"{path}: {error}") from error
+        if not coded and packed.data_bytes != claimed:
+            raise MicronetError(
+                f"{path}: holds {packed.data_bytes:,} bytes of arrays, the ledger says {claimed:,}: nothing was kept"
+            )
+    return Packing(path=Path(path), packed=packed, deployed=deployed, claim_bytes=claimed, likeness=likeness)
+
+
+def _text(
+    bundle: Bundle, deployed: Deployed, writer: "_Writer", float_bits: int, factory: Any, path: str | Path
+) -> str:
+    """What a file says of its network and of how to read it, as JSON."""
     fields = {
         "format": FORMAT,
         "version": VERSION,
@@ -111,22 +126,9 @@ def pack(
         **writer.fields,
     }
     try:
-        text = json.dumps(plain(fields), separators=(",", ":"), ensure_ascii=False)
+        return json.dumps(plain(fields), separators=(",", ":"), ensure_ascii=False)
     except TypeError as error:
         raise MicronetError(f"{path}: its history or provenance holds what JSON can't: {error}") from error
-    metadata = {"micronet": text, "sha256": digest(text, writer.tensors)}
-    claimed = claim(list(deployed.ledger.arrays), float_bits)
-    with whole_or_absent(path) as beside:
-        beside.write_bytes(_in_order(serialise(writer.tensors, metadata)))
-        with _named(beside, path):
-            packed = read(beside, factory=factory)
-        _require_same(packed.bundle, deployed.bundle, path)
-        apart = _require_like(packed.bundle, bundle, path, float_bits)
-        if not coded and packed.data_bytes != claimed:
-            raise MicronetError(
-                f"{path}: holds {packed.data_bytes:,} bytes of arrays, the ledger says {claimed:,}: nothing was kept"
-            )
-    return Packing(path=Path(path), packed=packed, deployed=deployed, claim_bytes=claimed, apart=apart)
 
 
 def unpack(packed: Packed, path: str | Path, *, factory: Callable[..., nn.Module] | None = None) -> None:
@@ -251,32 +253,10 @@ def _require_same(found: Bundle, wanted: Bundle, path: str | Path) -> None:
     wrong = [name for name in right if name not in state or not _same(state[name], right[name])]
     none = torch.empty(0)
     wrong += [name for name, mask in wanted.masks.items() if not torch.equal(mask, found.masks.get(name, none))]
-    answers = [bundle.model(_noise(bundle)) for bundle in (found, wanted)]
+    answers = [bundle.model(noise(bundle)) for bundle in (found, wanted)]
     if wrong or len(found.masks) != len(wanted.masks) or not _same(*answers):
         what = wrong[0] if wrong else "what the network answers"
         raise MicronetError(f"{path}: read again, {what} is not what it was: nothing was kept")
-
-
-@torch.no_grad()
-def _require_like(found: Bundle, source: Bundle, path: str | Path, float_bits: int) -> Tensor:
-    """What was read again must answer as the network that was packed; relative errors of its logits, `(PROBES,)`."""
-    model = copy.deepcopy(source.model).to("cpu", torch.float32).eval()
-    before, after = (form(_noise(source)).double().flatten(1) for form in (model, found.model))
-    apart = relative_errors(before, after)
-    quantised = bool(found.bits)
-    error = float(apart.median() if quantised else apart.max())
-    most = (MEDIAN_APART if quantised else MOST_APART)[float_bits]
-    if not error <= most:
-        raise MicronetError(
-            f"{path}: does not answer as the network that was packed: relative error {error:.2g} of the logits"
-            f"{' (median)' if quantised else ''} on {PROBES} images of noise, at most {most:g} is allowed at "
-            f"{float_bits} bits: nothing was kept"
-        )
-    return apart
-
-
-def _noise(bundle: Bundle) -> Tensor:
-    return torch.randn(PROBES, *bundle.input_size, generator=torch.Generator().manual_seed(0))
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

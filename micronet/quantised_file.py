@@ -5,34 +5,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from callbacks.layer_noise import LayerNoise, Paired
+from callbacks.layer_noise import Ranking
 from micronet.parity import Parity
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ranking:
-    """The layers by the noise that each brings.
-
-    Args:
-        noise: the worst first.
-        images: validation images that they were ranked on.
-        confirmed: what leaving the worst ones in float does, on some validation images.
-        seconds: how long that took.
-    """
-
-    noise: tuple[LayerNoise, ...]
-    images: int
-    confirmed: dict[str, Paired]
-    seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain lists, dicts, texts and numbers."""
-        return {
-            "images": self.images,
-            "noise": [{"layer": layer.name, "snr_db": _number(layer.snr)} for layer in self.noise],
-            "confirmed": {name: vars(found) | {"p": found.p} for name, found in self.confirmed.items()},
-            "seconds": self.seconds,
-        }
 
 
 @dataclass(frozen=True, kw_only=True)

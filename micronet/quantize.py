@@ -4,38 +4,36 @@
 made from; `to_minmax8` writes a `model.pth`. Each is measured on the whole validation split, on the file itself.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from callbacks.calibrate_onnx import calibrated, passes
 from callbacks.half import HalfError, computed_half, computes_half, stored_half
-from callbacks.layer_noise import confirm, images_to_rank, rank_layers
+from callbacks.layer_noise import Ranking, ranking
 from callbacks.onnx_export import export_onnx
 from callbacks.onnx_run import open_session
+from callbacks.paired import Batches
 from callbacks.quantize import chosen_images
-from callbacks.quantize_onnx import Calibration, quantize
+from callbacks.quantize_onnx import Calibration, quantize, require_layers
 from callbacks.saving import whole_or_absent
 from micronet.bundle import Bundle, load, save
 from micronet.data import Data
 from micronet.data.store import progress
 from micronet.deploy import check_zeros, described, keep
 from micronet.errors import MicronetError, first_line
-from micronet.gate_images import RealImages, normalised, scaled
+from micronet.gate_images import Floats, RealImages, validation
+from micronet.machine import int8_told
 from micronet.parity import Answers, compare, least_agreement, require
-from micronet.quantised_file import Quantised, Ranking
+from micronet.quantised_file import Quantised
 
 if TYPE_CHECKING:
     from micronet.model_source import ModelSource
 
-CONFIRMED = 3  # layers, and on how many images at most
-CONFIRM_IMAGES = 2000
 OPTIONS = ("--agreement", "--floor")  # of the command, which messages name
 
 
@@ -50,6 +48,7 @@ class Int8:
         method: how ranges are found: `minmax`, `entropy` or `percentile`.
         keep_float: names of layers that stay in float, or a number: of those that bring the most noise.
         rank: whether the layers are ranked where that is not needed.
+        reduce_range: whether weights get 7 bits: for processors whose sums are short (`callbacks/processor.py`).
     """
 
     images: int = 512
@@ -58,10 +57,41 @@ class Int8:
     method: str = "minmax"
     keep_float: int | Sequence[str] = ()
     rank: bool = False
+    reduce_range: bool = False
+
+    @property
+    def ranks(self) -> bool:
+        """Whether the layers are ranked."""
+        return self.rank or (isinstance(self.keep_float, int) and self.keep_float > 0)
+
+
+def float_graph(source: "ModelSource", keep_float: int | Sequence[str] = ()) -> Any:
+    """The float ONNX graph of a network that is to be quantised, an `onnx.ModelProto`; no image is needed for it.
+
+    Args:
+        source: the network with its weights, in eval mode, on the CPU.
+        keep_float: names of layers that are to stay in float; a number says nothing here.
+
+    Raises:
+        MicronetError: it can't be exported; there is no layer of such a name.
+    """
+    try:
+        proto = export_onnx(source.module, source.input_size)
+        require_layers(proto, () if isinstance(keep_float, int) else keep_float)
+    except ValueError as error:  # ExportError, TraceError and QuantizeError
+        raise MicronetError(f"{source.name}: {first_line(error)}") from error
+    return proto
 
 
 def to_int8(
-    source: "ModelSource", path: Path, data: Data, how: Int8, *, floor: float, agreement: float | None = None
+    source: "ModelSource",
+    path: Path,
+    data: Data,
+    how: Int8,
+    *,
+    floor: float,
+    agreement: float | None = None,
+    graph: Any = None,
 ) -> Quantised:
     """Write a network as an int8 ONNX file.
 
@@ -72,30 +102,28 @@ def to_int8(
         how: calibration, and layers that stay in float.
         floor: most percentage points of top-1 that it may lose on the validation images.
         agreement: least share of them that keep their class, in [0, 1]; None for `least_agreement(floor)`.
+        graph: its `float_graph`, where that has been made; it stays as it is.
 
     Raises:
         MicronetError: it can't be exported or quantised, or loses more: no file is kept.
     """
-    proto = _export(source, data)
-    part = getattr(data, how.calibrate)
-    places = chosen_images(len(part), how.images, how.seed)
-    images = _normalised(part.images[places], data)
+    proto = float_graph(source, how.keep_float) if graph is None else graph
     try:
-        with progress(f"calibrating on {len(places):,} images", len(places) * passes(how.method)) as watch:
-            calibration = calibrated(proto, images, how.method, watch)
-        ranking = _rank(calibration, data) if how.rank or (isinstance(how.keep_float, int) and how.keep_float) else None
+        calibration = _calibrated(proto, data, how)
+        ranked = _ranked(calibration, data, how.reduce_range) if how.ranks else None
         kept = how.keep_float
         if isinstance(kept, int):
-            kept = [layer.name for layer in ranking.noise[:kept]] if ranking else []
-        made = quantize(calibration, kept)
+            kept = [layer.name for layer in ranked.noise[:kept]] if ranked else []
+        made = quantize(calibration, kept, reduce_range=how.reduce_range)
     except ValueError as error:
         raise MicronetError(f"{source.name}: {first_line(error)}") from error
     check_zeros(calibration.proto, source.masks or {}, source.name)
-    told = {name: value for name, value in vars(how).items() if name not in ("rank", "keep_float")}
-    told |= {"images": len(places), "keep_float": list(kept)}
+    told = {"images": calibration.images, "calibrate": how.calibrate, "seed": how.seed, "method": calibration.method}
+    told |= {"keep_float": list(kept), "reduce_range": how.reduce_range}
     found = _keep(source, made, proto, path, data, "int8", told, floor, agreement)
-    notes = (*_sparse_notes(source), *([f"in float: {', '.join(kept)}"] if kept else []))
-    return replace(found, ranking=ranking, notes=notes)
+    processor = int8_told("--reduce-range", reduced=how.reduce_range)
+    notes = [*_sparse_notes(source), f"in float: {', '.join(kept)}" if kept else "", processor]
+    return replace(found, ranking=ranked, notes=tuple(filter(None, notes)))
 
 
 def to_float16(
@@ -114,7 +142,7 @@ def to_float16(
     Raises:
         MicronetError: it can't be exported, a weight is beyond float16, or it loses more: no file is kept.
     """
-    proto = _export(source, data)
+    proto = float_graph(source)
     try:
         made = computed_half(proto) if compute else stored_half(proto)
     except HalfError as error:
@@ -187,50 +215,25 @@ def to_minmax8(
     )
 
 
-def validation(data: Data) -> RealImages:
-    """All validation images.
-
-    Args:
-        data: the image sets.
-
-    Raises:
-        MicronetError: they are the test images.
-    """
-    if data.valid_is_test:
-        raise MicronetError(
-            f"{data.name}: its validation images are the test images, which choose nothing; cut validation images from "
-            "the training images in the recipe"
-        )
-    told = f"{len(data.valid):,} validation images of {data.name}"
-    return RealImages(pixels=data.valid.images, labels=data.valid.labels, mean=data.mean, std=data.std, told=told)
-
-
 def _of_pixels(form: Answers, images: RealImages) -> Answers:
     return lambda pixels: form(images.normalise(images.scaled(pixels)))
 
 
-def _export(source: "ModelSource", data: Data) -> Any:
-    try:
-        return export_onnx(source.module, data.input_size)
-    except ValueError as error:  # ExportError and TraceError
-        raise MicronetError(f"{source.name}: {first_line(error)}") from error
+def _calibrated(proto: Any, data: Data, how: Int8) -> Calibration:
+    part = getattr(data, how.calibrate)
+    places = chosen_images(len(part), how.images, how.seed)
+    with progress(f"calibrating on {len(places):,} images", len(places) * passes(how.method)) as watch:
+        return calibrated(proto, Floats(part.images[places], data), how.method, watch)
 
 
-def _normalised(pixels: Tensor, data: Data) -> np.ndarray:
-    return normalised(scaled(pixels), data).numpy()
+def _ranked(calibration: Calibration, data: Data, reduce_range: bool) -> Ranking:
+    images = validation(data)
 
+    def draw(number: int) -> Batches:
+        places = chosen_images(len(images.labels), number, 0)
+        return Floats(images.pixels[places], data).batches(images.labels[places])
 
-def _rank(calibration: Calibration, data: Data) -> Ranking:
-    images, began = validation(data), time.monotonic()
-    places = chosen_images(len(images.labels), CONFIRM_IMAGES, 0)
-    pixels, labels = _normalised(images.pixels[places], data), images.labels[places].numpy()
-    number = min(len(pixels), images_to_rank(len(calibration.layers)))
-    with progress("ranking the layers", len(calibration.layers)) as watch:
-        noise = rank_layers(calibration, pixels[:number], watch)
-    worst = [layer.name for layer in noise[:CONFIRMED]]
-    with progress("leaving the worst in float", 1 + len(worst)) as watch:
-        found = confirm(calibration, worst if len(noise) > 1 else (), pixels, labels, watch)
-    return Ranking(noise=tuple(noise), images=number, confirmed=found, seconds=time.monotonic() - began)
+    return ranking(calibration, draw, reduce_range=reduce_range, bar=progress)
 
 
 def _keep(

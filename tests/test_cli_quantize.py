@@ -6,19 +6,23 @@ from functools import partial
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import micronet.quantize as module
+from callbacks.calibrate_onnx import calibrated
 from callbacks.fake_quantize import quantise_layer
 from callbacks.onnx_export import export_onnx
+from callbacks.processor import int8_note
 from callbacks.sparsify import Sparsify
-from micronet import Fit, Recipe, RunOptions, load, run
+from micronet import Fit, Recipe, RunOptions, load, machine, run
 from micronet.bundle import save
 from micronet.data import digits, plain_loader
 from micronet.evaluate import evaluate
+from micronet.gate_images import Floats
 from micronet.measure import OnnxModule
 from micronet.models import separable_net
 from micronet.onnx_meta import read_meta
@@ -84,6 +88,9 @@ def test_the_file_says_what_an_exported_one_says_and_how_it_was_made(small):
     meta = read_meta(small.path)
     assert meta.classes == digits().classes
     assert meta.gate["right"] == small.parity.after
+    here = machine.hardware("cpu")
+    assert (meta.gate["cpu"], meta.gate["instruction_sets"]) == (here["cpu"], here["instruction_sets"])
+    assert meta.gate["runtime"] == f"onnxruntime {onnxruntime.__version__}"
     assert meta.score["params"] > 0
     assert meta.provenance["int8"] == {
         "images": 100,
@@ -91,6 +98,7 @@ def test_the_file_says_what_an_exported_one_says_and_how_it_was_made(small):
         "seed": 3,
         "method": "minmax",
         "keep_float": [],
+        "reduce_range": False,
     }
     assert {line.weight_bits for line in score(small.path).lines if line.weights} == {8}
 
@@ -122,10 +130,10 @@ def test_the_command_prints_and_writes_what_was_measured(call, trained, tmp_path
 
 
 def test_a_loss_beyond_the_floor_keeps_no_file(call, trained, tmp_path, monkeypatch):
-    def spoilt(calibration, kept):
+    def spoilt(calibration, kept, reduce_range):
         for name in calibration.ranges:
             calibration.ranges[name] = (0.0, 1e-3)
-        return real(calibration, kept)
+        return real(calibration, kept, reduce_range=reduce_range)
 
     real = module.quantize
     monkeypatch.setattr(module, "quantize", spoilt)
@@ -200,7 +208,7 @@ def test_other_classes_keep_no_file_however_seldom_the_network_is_right(call, tr
         bundle.model.fc.bias.neg_()
     save(bundle, tmp_path / "m.pth")
 
-    def rolled(calibration, kept):
+    def rolled(calibration, kept, reduce_range):
         proto = onnx.ModelProto()
         proto.CopyFrom(calibration.proto)
         for tensor in proto.graph.initializer:
@@ -222,25 +230,109 @@ def test_other_classes_keep_no_file_however_seldom_the_network_is_right(call, tr
     assert f"another class: {len(named):,} (images {shown}, ..., counted from 0)" in printed
 
 
-@pytest.mark.parametrize("to", ["float16", "minmax8"])
-def test_the_images_are_scaled_some_at_a_time(call, trained, tmp_path, to):
+class Largest(TorchDispatchMode):
+    """Notes the most images that torch holds as floats at a time."""
+
+    seen = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.is_floating_point() and found.shape[1:] == (3, 32, 32):
+            self.seen = max(self.seen, len(found))
+        return found
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("float16",), ("minmax8",), ("int8", "--rank", "--images", "1000", "--method", "entropy", "--floor", "100")],
+    ids=lambda arguments: arguments[0],
+)
+def test_the_images_are_scaled_some_at_a_time(call, trained, tmp_path, arguments):
     """50,000 images of 224 pixels take 30 GB as float32."""
-
-    class Largest(TorchDispatchMode):
-        seen = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            found = function(*args, **(kwargs or {}))
-            if isinstance(found, torch.Tensor) and found.is_floating_point() and found.shape[1:] == (3, 32, 32):
-                self.seen = max(self.seen, len(found))
-            return found
-
-    assert len(digits().valid) > 128
+    assert min(len(digits().valid), len(digits().train)) > 128
+    out = tmp_path / f"m.{'pth' if arguments[0] == 'minmax8' else 'onnx'}"
     with Largest() as largest:
-        assert (
-            call("quantize", trained, "--to", to, "-o", tmp_path / f"m.{'pth' if to == 'minmax8' else 'onnx'}")[0] == 0
-        )
+        assert call("quantize", trained, "--to", *arguments, "-o", out)[0] == 0
     assert 0 < largest.seen <= 128
+
+
+def test_a_ranking_holds_as_few_images_as_tell_layers_apart(trained, monkeypatch):
+    """However many are to confirm it: here all validation images are, of which a batch is made at a time."""
+    held = []
+    real = Floats.__getitem__
+    monkeypatch.setattr(Floats, "__getitem__", lambda self, part: held.append(part) or real(self, part))
+    calibration = calibrated(module.export_onnx(load(trained).model, (3, 32, 32)), np.zeros((1, 3, 32, 32), np.float32))
+    found = module._ranked(calibration, digits(), False)
+    assert {test.images for test in found.confirmed.values()} == {len(digits().valid)} != {found.images}
+    assert found.images == min(128, 4096 // len(calibration.layers))
+    assert max(part.stop - part.start for part in held) <= 64
+
+
+SHORT = "processor\t: 0\nmodel name\t: An old one\nflags\t\t: fpu avx2 avx512f\n"
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+def test_a_processor_of_short_sums_is_said_and_stands_in_the_file(call, trained, tmp_path, reduced, monkeypatch):
+    (tmp_path / "cpuinfo").write_text(SHORT)
+    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    out, more = tmp_path / "m.onnx", ("--reduce-range",) if reduced else ()
+    status, printed, err = call("quantize", trained, "--floor", "100", "-o", out, *more)
+    assert (status, err) == (0, "")
+    printed = " ".join(printed.split())
+    assert printed.count("this CPU has no dot products of 8-bit numbers (AVX512-VNNI, AVX-VNNI, AMX): ") == 1
+    assert ("16-bit sums saturate" in printed, "--reduce-range avoids that" in printed) == (not reduced, not reduced)
+    assert ("; weights of 7 bits" in printed, "16-bit sums hold weights of 7 bits" in printed) == (reduced, reduced)
+    meta = read_meta(out)
+    assert (meta.gate["cpu"], meta.gate["instruction_sets"]) == ("An old one", ["avx2", "avx512f"])
+    assert meta.provenance["int8"]["reduce_range"] == reduced
+    codes = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(out).graph.initializer]
+    assert max(int(np.abs(part.astype(int)).max()) for part in codes if part.dtype == np.int8) == (
+        64 if reduced else 127
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind", "says"),
+    [
+        ("avx2 avx_vnni", "x86_64", ""),
+        ("asimd asimddp", "aarch64", ""),
+        (
+            "asimd",
+            "aarch64",
+            "this CPU has no dot products of 8-bit numbers (asimddp): int8 may be no faster than float",
+        ),
+        ("", "arm64", ""),  # as on a Mac, whose processors have them
+        ("", "AMD64", "whether this CPU has dot products of 8-bit numbers (AVX512-VNNI, AVX-VNNI, AMX) is not known"),
+    ],
+)
+def test_what_is_said_of_a_processor(flags, kind, says, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: kind)
+    found = int8_note(set(flags.split()), "")
+    assert found.startswith(says)
+    assert bool(found) == bool(says)
+
+
+def test_a_wrong_name_is_found_before_an_image_is_read(call, trained, tmp_path, monkeypatch):
+    def read(*_, **__):
+        raise AssertionError("images were read")
+
+    monkeypatch.setattr("micronet.measure.images_for", read)
+    status, _, err = call("quantize", trained, "--keep-float", "fc,fcc", "-o", tmp_path / "m.onnx")
+    assert (status, err.count("\n")) == (1, 1)
+    assert f"{trained}: keep_float: no layer 'fcc'; near it: fc (" in err
+
+
+def test_weights_that_are_8_bits_already_are_not_taken_for_those_that_were_trained(call, trained, tmp_path):
+    stored = tmp_path / "stored.pth"
+    save(load(trained), stored, dtype=torch.uint8)
+    status, _, err = call("quantize", stored, "--to", "minmax8", "-o", tmp_path / "again.pth")
+    assert (status, err.count("\n")) == (1, 1)
+    assert f"{stored}: its weights are stored in 8 bits already (minmax8)" in err
+    assert not (tmp_path / "again.pth").exists()
+    status, printed, _ = call("quantize", stored, "--to", "float16", "-o", tmp_path / "m.onnx", "--floor", "100")
+    assert status == 0
+    assert "stores weights rounded to 8 bits (minmax8): in float32 means these" in " ".join(printed.split())
 
 
 def test_validation_images_that_are_the_test_images_measure_nothing(trained):
@@ -259,6 +351,7 @@ def test_validation_images_that_are_the_test_images_measure_nothing(trained):
         (("--method", "mean"), 2, "--method must be minmax, entropy or percentile"),
         (("--to", "float16", "--seed", "1"), 2, "--seed is for --to int8"),
         (("--to", "minmax8", "--rank"), 2, "--rank is for --to int8"),
+        (("--to", "float16", "--reduce-range"), 2, "--reduce-range is for --to int8"),
         (("--compute", "float16"), 2, "is for --to float16"),
         (("-o", "m.pth"), 2, "the name of such a file ends in .onnx"),
         (("--to", "minmax8", "-o", "SELF"), 1, "is what is read; name another file with -o"),

@@ -18,6 +18,7 @@ from callbacks.integer_kernels import integer_kernels
 from callbacks.onnx_export import deployed, export_onnx
 from callbacks.quant_aware import QuantAware
 from micronet import Fit, MicronetError, Recipe, RunOptions, load, run
+from micronet.bundle import save
 from micronet.data import digits, plain_loader
 from micronet.deploy import check_zeros
 from micronet.evaluate import evaluate
@@ -96,6 +97,41 @@ def test_by_default_it_runs_on_integers_and_says_what_it_holds(said, trained):
     words = score(place / "int8.onnx").storage, score(trained).storage
     assert f"storage by its own ledger {words[0]:,.0f} words, MODEL's {words[1]:,.0f}" in told["int8"]
     assert words[0] > 1.2 * words[1]
+    sparse = sum(array.role == "weight" and array.stored(array.bits)[1] < 1 for array in ledger.arrays)
+    said = f"its ledger takes {sparse} of {len(layers)} layers for sparse, where a bit for each weight and the codes"
+    assert (said in told["int8"]) == (sparse > 0)
+    assert "of MODEL's masks" not in told["int8"]
+
+
+def test_zeros_of_masks_are_explained_below_the_storage_that_counts_them(call, trained, tmp_path):
+    bundle = load(trained)
+    with torch.no_grad():
+        for name, layer in quantised_layers(bundle.model).items():
+            if name != "fc":
+                bundle.masks[f"{name}.weight"] = torch.rand(layer.weight.shape) > 0.8
+                layer.weight.mul_(bundle.masks[f"{name}.weight"])
+    save(bundle, tmp_path / "m.pth")
+    zeros = sum(int((~mask).sum()) for mask in bundle.masks.values())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "export_onnx", export_onnx)  # the fixture's is of another network
+        status, out, err = call("export", tmp_path / "m.pth", "--floor", "0", "--images", "50")
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    (at,) = (place for place, line in enumerate(lines) if line.startswith("weights: "))
+    sparse = [a for a in score(tmp_path / "m.onnx").ledger.arrays if a.role == "weight" and a.stored(a.bits)[1] < 1]
+    assert lines[at + 1].startswith(f"its ledger takes {len(sparse)} of {len(quantised_layers(bundle.model))} layers")
+    assert lines[at + 2].startswith(f"{zeros:,} zeros of MODEL's masks are codes of 0 among these: an ONNX file of")
+    assert sum(" zeros " in line for line in lines) == 1
+
+
+def test_a_processor_of_short_sums_is_said(call, trained, tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text("flags\t: fpu avx2\n")
+    monkeypatch.setattr("micronet.machine._CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    for more, said in ((("--int4",), False), ((), True)):
+        status, out, _ = call("export", trained, "-o", tmp_path / "m.onnx", "--floor", "0", "--images", "50", *more)
+        assert (status, "onnxruntime's 16-bit sums saturate" in out) == (0, said)
+    assert read_meta(tmp_path / "m.onnx").gate["instruction_sets"] == ["avx2"]
 
 
 def test_int4_stores_what_the_ledger_of_the_network_says_and_tells_what_that_costs(said, trained):

@@ -1,8 +1,10 @@
 """Packed files hold what the ledger lists, in as many bytes, and give the deployed network bit for bit."""
 
+import copy
 import errno
 import json
 import struct
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from micronet.deployed import deploy
 from micronet.edits import low_rank
 from micronet.models import densenet121, googlenet, preact_resnet18, separable_net, wide_resnet
 from micronet.pack import pack, unpack
+from micronet.pack_gate import PROBES, noise, require_like
 from micronet.unpack import read
 
 RESNET = Path(__file__).parent / "data" / "resnet20_cifar10.pth"
@@ -256,6 +259,13 @@ def test_one_network_is_one_file_whenever_it_is_packed(tmp_path):
     assert int.from_bytes(files[0][:8], "little") % 8 == 0
 
 
+@pytest.fixture(scope="module")
+def four_bits():
+    """The committed network with quantised layers of 4 bits, the first and the last of 8; and as it is deployed."""
+    bundle = quantised(load(RESNET), 4)
+    return bundle, deploy(bundle).bundle
+
+
 def test_numbers_of_16_bits_are_rounded_once(tmp_path):
     bundle = quantised(bundled(wide_resnet, num_classes=10, depth=10, width=1), 4)
     folded = deploy(bundle).bundle.model
@@ -294,7 +304,66 @@ def test_a_fold_that_is_wrong_keeps_no_file(bits, float16, tmp_path, monkeypatch
             pack(bundle, tmp_path / "a.safetensors", float16=float16)
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
     assert (tmp_path / "a.safetensors").read_text() == "the old file"
-    assert pack(bundle, tmp_path / "a.safetensors", float16=float16).apart.shape == (packing.PROBES,)
+    assert pack(bundle, tmp_path / "a.safetensors", float16=float16).likeness.logits.shape == (PROBES,)
+
+
+def one_code(layer):
+    values, codes = layer.weight.data[3].view(-1), layer.codes()[3].view(-1)
+    values[5] += layer.weight_scale.data[3] * (1 if codes[5] <= 0 else -1)
+
+
+def one_step(layer):
+    layer.weight_scale.data[3] *= 1.1
+    layer.weight.data[3] *= 1.1
+
+
+def one_bias(layer):
+    layer.bias.data[3] += 2 * layer.bias.data.abs().max()
+
+
+def inputs(layer):
+    layer.act_scale.data *= 1.02
+
+
+@pytest.mark.parametrize("float_bits", [32, 16])
+@pytest.mark.parametrize("place", ["fc", "layer2.0.conv2"])
+@pytest.mark.parametrize("fault", [one_code, one_step, one_bias, inputs])
+def test_a_fault_in_one_channel_of_a_quantised_layer_is_found(fault, place, float_bits, four_bits):
+    bundle, deployed = four_bits
+    require_like(deployed, bundle, float_bits)
+    wrong = replace(deployed, model=copy.deepcopy(deployed.model))
+    fault(wrong.model.get_submodule(place))
+    said = f"the codes of {place} are not those" if fault is one_code else "does not answer as the network that was"
+    with pytest.raises(MicronetError, match=said):
+        require_like(wrong, bundle, float_bits)
+
+
+def test_a_fault_that_few_images_meet_is_found(four_bits):
+    """A last layer that takes codes to 127 instead of 255, where 3 of 12 images have larger ones."""
+    bundle, deployed = (replace(form, model=copy.deepcopy(form.model)) for form in four_bits)
+    seen = []
+    with bundle.model.fc.register_forward_pre_hook(lambda layer, args: seen.append(args[0])), torch.no_grad():
+        bundle.model(noise(bundle))
+    largest = seen[0].amax(1).sort(descending=True).values
+    for form in (bundle, deployed):
+        form.model.fc.act_scale.data.copy_((largest[2] + largest[3]) / 2 / 127.5)
+    assert largest[0] < 254 * bundle.model.fc.act_scale
+    likeness = require_like(deployed, bundle, 32)
+    assert max(likeness.links.values()) < 1e-5
+    deployed.model.fc.act_bits = 7
+    with torch.no_grad():
+        before, after = (form.model(noise(bundle)).double() for form in (bundle, deployed))
+    apart = (after - before).norm(dim=1) / before.norm(dim=1)
+    assert (int((apart > 1e-4).sum()), float(apart.median()) < 1e-5) == (3, True)
+    with pytest.raises(MicronetError, match=r"of the logits on 12 images of noise, at most 0\.0001 is allowed"):
+        require_like(deployed, bundle, 32)
+
+
+def test_no_code_that_tips_is_taken_for_a_fault(tmp_path):
+    """16 bits round every step size: the answers are another's, each link is the same."""
+    found = pack(quantised(load(RESNET), 4), tmp_path / "a.safetensors", float16=True).likeness
+    assert float(found.logits.max()) > 0.01 > 10 * max(found.links.values())
+    assert list(found.links) == [*quantised_layers(load(tmp_path / "a.safetensors").model), ""]
 
 
 @pytest.mark.parametrize(
@@ -318,7 +387,7 @@ def test_numbers_that_16_bits_make_zero_keep_no_file(factor, said, tmp_path, cal
 
 def test_what_16_bits_change_is_said(tmp_path, call):
     out = call("pack", RESNET, "-o", tmp_path / "a.safetensors", "--float16")[1]
-    images = torch.randn(packing.PROBES, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(PROBES, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before, after = (load(path).model(images).double() for path in (RESNET, tmp_path / "a.safetensors"))
     apart = (after - before).norm(dim=1) / before.norm(dim=1)

@@ -20,10 +20,11 @@ import callbacks.calibrate_onnx as calibrating
 import callbacks.quantize as quantizing
 from callbacks.calibrate_onnx import calibrated
 from callbacks.ema import EMA
-from callbacks.layer_noise import Paired, snr
+from callbacks.layer_noise import snr
 from callbacks.onnx_run import logits
+from callbacks.paired import Paired
 from callbacks.quantize import QuantizeInt8, chosen_images, plain_batches
-from callbacks.quantize_onnx import Calibration, QuantizeError, float_nodes, prepared, quantize
+from callbacks.quantize_onnx import Calibration, QuantizeError, float_nodes, prepared, quantize, require_layers
 from micronet.data import digits, loaders
 from micronet.data.augment import Augment
 
@@ -63,6 +64,22 @@ def test_weights_are_codes_of_eight_bits_with_a_scale_for_each_output():
         step = held[f"{name}.weight_scale"].reshape(-1, *[1] * (codes.ndim - 1))
         assert (np.abs(real_weights(made, name) - weight) <= step * 0.5001).all()
     assert not [name for name, value in held.items() if value.dtype == np.float32 and value.size > 8]
+
+
+@pytest.mark.parametrize("kind", [Plain, PreActivated])
+def test_weights_of_seven_bits_never_fill_a_sum_of_two_products_in_16_bits(kind):
+    calibration = calibrated(exported(kind), images())
+    kept = {}
+    for reduced in (False, True):
+        made = quantize(calibration, ("conv2",), reduce_range=reduced)
+        held = arrays(made)
+        codes = [held[name].astype(int) for name in held if name.endswith(".weight_quantized")]
+        assert codes
+        kept[reduced] = max(int(np.abs(part).max()) for part in codes)
+        assert snr(logits(calibration.proto, images()), logits(made, images())) > 15
+        np.testing.assert_array_equal(held["conv2.weight"], arrays(calibration.proto)["conv2.weight"])
+    assert kept == {False: 127, True: 64}
+    assert 2 * 255 * kept[True] <= 2**15 - 1 < 2 * 255 * kept[False]
 
 
 def test_zeros_stay_zeros():
@@ -180,8 +197,10 @@ def test_layers_left_in_float_keep_their_weights():
 
 def test_what_is_refused():
     calibration = calibrated(exported(Plain), images())
-    with pytest.raises(QuantizeError, match="no layer 'conv9'; there are conv1, conv2, fc"):
+    with pytest.raises(QuantizeError, match=r"no layer 'conv9'; near it: conv[12], conv[12] \(3 in all\)"):
         quantize(calibration, ("conv9",))
+    with pytest.raises(QuantizeError, match=r"no layer 'head'; there are conv1, conv2, fc \(3 in all\)"):
+        require_layers(exported(Plain), ("head",))
     with pytest.raises(QuantizeError, match="no layer is left"):
         quantize(calibration, ("conv1", "conv2", "fc"))
     with pytest.raises(QuantizeError, match="quantised already"):
@@ -212,17 +231,17 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch, capfd):
 def test_the_committed_resnet20_loses_at_most_a_fifth_of_a_point(real):
     from micronet import load
     from micronet.data import cifar10
-    from micronet.quantize import _normalised
+    from micronet.gate_images import Floats
 
     data = real(cifar10)
     bundle = load(Path(__file__).parent / "data" / "resnet20_cifar10.pth")
     from callbacks.onnx_export import export_onnx
 
     proto = export_onnx(bundle.model, (3, 32, 32))
-    given = _normalised(data.train.images[chosen_images(len(data.train), 512, 0)], data)
+    given = Floats(data.train.images[chosen_images(len(data.train), 512, 0)], data)
     made = quantize(calibrated(proto, given))
     right = [
-        int((logits(form, _normalised(data.test.images, data)).argmax(1) == data.test.labels.numpy()).sum())
+        int((logits(form, Floats(data.test.images, data)).argmax(1) == data.test.labels.numpy()).sum())
         for form in (proto, made)
     ]
     assert right[0] == 9038
@@ -255,7 +274,7 @@ def unexported(monkeypatch):
 
     monkeypatch.setattr(quantizing, "export_onnx", lambda model, size: model)
     monkeypatch.setattr(quantizing, "calibrated", note)
-    monkeypatch.setattr(quantizing, "quantize", lambda calibration, kept: exported(Plain))
+    monkeypatch.setattr(quantizing, "quantize", lambda calibration, kept, reduce_range: exported(Plain))
     monkeypatch.setattr(quantizing, "compared", lambda before, after, batches: Paired(100, 90, 90, 0, 0, 100))
     return seen
 
@@ -341,8 +360,8 @@ def test_a_fit_of_no_epochs_leaves_the_graph_of_the_network():
     fit(learn, cb)
     assert torch.equal(torch.random.get_rng_state(), before)
     made = onnx.load_from_string(cb.onnx.content)
-    assert [layer.name for layer in cb.noise] in (["0", "4"], ["4", "0"])
-    kept = cb.noise[0].name
+    assert [layer.name for layer in cb.ranking.noise] in (["0", "4"], ["4", "0"])
+    kept = cb.ranking.noise[0].name
     np.testing.assert_array_equal(arrays(made)[f"{kept}.weight"], learn.model[int(kept)].weight.detach().numpy())
     answered = np.concatenate([logits(made, xb).argmax(1) == yb for xb, yb in plain_batches(learn.dls.valid)])
     assert (cb.result.images, cb.result.after) == (len(data.valid), answered.sum())
@@ -351,9 +370,70 @@ def test_a_fit_of_no_epochs_leaves_the_graph_of_the_network():
         f"right on {cb.result.after:,} of "
         f"{len(data.valid)} validation images, float on {cb.result.before:,}; "
         f"the same class on {cb.result.agreeing:,}; "
-        f"in float: {kept}"
+        f"in float: {kept}; "
+        + "; ".join(
+            f"{layer.name} alone {layer.snr:.1f} dB, with it in float {cb.ranking.confirmed[layer.name].told}"
+            for layer in cb.ranking.noise
+        )
     )
-    assert cb.onnx.how["keep_float"] == [kept]
+    # The paired test is of the whole int8 graph beside the one that is kept, on all validation images here.
+    test = cb.ranking.confirmed[kept]
+    assert (test.images, test.after) == (len(data.valid), cb.result.after)
+    assert cb.onnx.how == {
+        "images": 64,
+        "split": "train",
+        "seed": 0,
+        "method": "minmax",
+        "keep_float": [kept],
+        "reduce_range": False,
+    }
+
+
+def test_what_it_was_made_by_is_what_was_used(unexported):
+    learn, _ = small()
+    cb = fit(learn, QuantizeInt8(images=10_000, method="entropy", reduce_range=True))
+    assert (cb.onnx.how["images"], cb.onnx.how["method"], cb.onnx.how["reduce_range"]) == (96, "entropy", True)
+    assert cb.summary.startswith("int8 with weights of 7 bits from 96 images of train (seed 0, entropy)")
+
+
+def test_layers_are_ranked_where_asked_and_all_stay_in_int8():
+    learn, _ = small()
+    cb = fit(learn, QuantizeInt8(images=32, floor=100, rank=True))
+    assert {layer.name for layer in cb.ranking.noise} == set(cb.ranking.confirmed) == {"0", "4"}
+    assert cb.onnx.how["keep_float"] == []
+    assert "in float: " not in cb.summary
+
+
+def test_a_wrong_name_ends_a_fit_before_it_begins():
+    learn, _ = small()
+    epochs = []
+
+    class Count(quantizing.Callback):
+        def before_epoch(self):
+            epochs.append(self.epoch)
+
+    drawn = torch.random.get_rng_state()
+    with pytest.raises(ValueError, match=r"keep_float: no layer '5'; there are 0, 4 \(2 in all\)"):
+        fit(learn, QuantizeInt8(keep_float=("5",)), 1, (Count(),))
+    assert epochs == []
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+
+
+@pytest.mark.parametrize(
+    ("flags", "reduced", "says"),
+    [
+        ("fpu avx2 avx512_vnni", False, None),
+        ("fpu avx2 avx512f", False, "16-bit sums saturate, another CPU can answer otherwise than this one; reduce_ran"),
+        ("fpu avx2", True, "int8 may be no faster than float; its 16-bit sums hold weights of 7 bits"),
+    ],
+)
+def test_a_processor_of_short_sums_is_said(unexported, flags, reduced, says, monkeypatch):
+    learn, _ = small()
+    monkeypatch.setattr(quantizing, "processor", lambda: ({}, set(flags.split())))
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    summary = fit(learn, QuantizeInt8(reduce_range=reduced)).summary
+    assert (says is None and "CPU" not in summary) or says in summary
+    assert "\n" not in summary
 
 
 def test_a_search_for_a_learning_rate_quantises_nothing(unexported):
