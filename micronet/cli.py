@@ -112,6 +112,7 @@ def fit(
     given = parse_settings(settings)
     use_data(data_dir)
     check_device(device)
+    from micronet.allocator import keep_freed_memory
     from micronet.folder import is_begun, read_rows, set_aside
     from micronet.recipe import load_recipe
     from micronet.report import stages_table
@@ -123,6 +124,7 @@ def fit(
     if fresh and (moved := set_aside(folder)):
         console.print(f"moved the earlier run to {moved}")
     options = RunOptions(seed=seed, limit=limit, device=device, smoke=smoke, tensorboard=tensorboard)
+    keep_freed_memory()
     try:
         run(plan, folder, options, source=recipe, console=console)
     except KeyboardInterrupt:

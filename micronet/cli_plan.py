@@ -44,6 +44,7 @@ def plan(
     check_device(device)
     from rich.console import Console
 
+    from micronet.allocator import keep_freed_memory
     from micronet.plan import plan as make_plan
     from micronet.plan_report import plan_lines, plan_table
     from micronet.recipe import load_recipe
@@ -54,6 +55,7 @@ def plan(
         raise typer.BadParameter(f"--rules must be one of {', '.join(RULES)}, got {rules!r}")
     loaded = load_recipe(recipe, given, smoke=smoke)
     images = RunOptions(limit=limit, smoke=smoke).images
+    keep_freed_memory()  # as `fit` does: it has a part in the time
     with Console(stderr=True).status("running a few steps" if time else "counting"):
         planned = make_plan(loaded, rules=RULES[rules], limit=images, device=device, timed=time, where=recipe)
     if json:

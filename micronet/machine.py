@@ -45,11 +45,6 @@ def cpu_told() -> dict[str, Any]:
     }
 
 
-def int8_dot() -> bool:
-    """Whether the processor has dot products of 8-bit numbers that do not saturate at 16 bits; False if unknown."""
-    return not processor(_CPUINFO)[1].isdisjoint(INT8_DOT)
-
-
 def int8_told(option: str, *, reduced: bool = False) -> str:
     """What to know of int8 on this processor, as `int8_note` has it; empty where there is nothing.
 

@@ -424,12 +424,12 @@ def test_quantised_layers_are_not_exported_without_ranges(how, tmp_path):
 
 
 CPUINFO = {
-    "flags\t\t: fpu avx2 avx_vnni": (["avx2", "avx_vnni"], True),
-    "flags\t\t: fpu avx2 avx512f avx512_vnni amx_int8": (["avx2", "avx512f", "avx512_vnni", "amx_int8"], True),
-    "flags\t\t: fpu avx2 avx512f": (["avx2", "avx512f"], False),
-    "BogoMIPS\t: 50.00\nFeatures\t: fp asimd asimddp sve i8mm": (["asimd", "i8mm", "sve", "asimddp"], True),
-    "Features\t: fp asimd crc32": (["asimd"], False),
-    "": ([], False),
+    "flags\t\t: fpu avx2 avx_vnni": ["avx2", "avx_vnni"],
+    "flags\t\t: fpu avx2 avx512f avx512_vnni amx_int8": ["avx2", "avx512f", "avx512_vnni", "amx_int8"],
+    "flags\t\t: fpu avx2 avx512f": ["avx2", "avx512f"],
+    "BogoMIPS\t: 50.00\nFeatures\t: fp asimd asimddp sve i8mm": ["asimd", "i8mm", "sve", "asimddp"],
+    "Features\t: fp asimd crc32": ["asimd"],
+    "": [],
 }
 
 
@@ -437,10 +437,9 @@ CPUINFO = {
 def test_instruction_sets_are_read_on_x86_and_on_arm(told, tmp_path, monkeypatch):
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{told}\n\nprocessor\t: 1\n")
     monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "cpuinfo")
-    sets, dot = CPUINFO[told]
-    assert (machine.hardware("cpu")["instruction_sets"], machine.int8_dot()) == (sets, dot)
+    assert machine.hardware("cpu")["instruction_sets"] == CPUINFO[told]
     monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "none")
-    assert not machine.int8_dot()
+    assert not machine.hardware("cpu")["instruction_sets"]
 
 
 def test_files_that_bench_cannot_run_say_why(files, tmp_path):

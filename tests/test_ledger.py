@@ -313,7 +313,10 @@ PEAKS = {
 }
 
 
-@pytest.mark.parametrize("name", PEAKS)
+LARGE = ("densenet121", "googlenet")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in PEAKS])
 def test_peak_memory_is_what_a_forward_pass_holds(name):
     make, size = PEAKS[name]
     net = make().eval()

@@ -20,7 +20,6 @@ CROSS_SECTION = (
     "timm:levit_128s",
     "timm:resnet10t",
     "torchvision:shufflenet_v2_x0_5",
-    "torchvision:swin_v2_t",
 )
 # Families with an operation that has no rule, and that operation.
 WITHOUT_RULE = {"sequencer": "lstm"}
