@@ -178,6 +178,7 @@ class Adapters:
 
     def _add(self, key: Key, adapter: nn.Conv2d) -> None:
         self._made[key] = adapter
+        adapter.weight.free_norm = True  # no normalisation follows: an optimizer that keeps norms has to leave it
         self._state |= {p: {} for p in adapter.parameters()}
         self._source[key] = self._output_of(key[0], adapter.in_channels)
 

@@ -41,7 +41,7 @@ class Fit:
         epochs: passes over the training images, at least 0.
         lr: largest learning rate, above 0.
         schedule: of the learning rate; `OneCycle` moves the momentum, too.
-        opt: makes the optimizer: `sgd()`, `adam()`, `adamw()`, or any fastai `opt_func`.
+        opt: makes the optimizer: `sgd()`, `adam()`, `adamw()`, `muon()`, or any fastai `opt_func`.
         wd: weight decay, at least 0.
         wd_bn_bias: whether BatchNorm's parameters and biases decay, too.
         batch_size: images a step; None for the data's own.

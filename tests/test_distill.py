@@ -31,7 +31,7 @@ from callbacks.precision import Precision
 from callbacks.protocol import tell
 from callbacks.soft_targets import decoupled_loss, mean_log_probs, soft_target_loss, standardise
 from callbacks.widths import narrow
-from micronet.optim import CrossEntropy, adamw, decay_groups, sgd
+from micronet.optim import CrossEntropy, adamw, decay_groups, muon, sgd
 
 BASE = Path(__file__).parent / "data" / "resnet20_cifar10.pth"
 BOTH = (AttentionTransfer({"0": "0"}), Hints({"2": "1"}, weight=0.5))
@@ -389,6 +389,7 @@ OPTIMIZERS = {
     "sgd": {"opt_func": sgd()},
     "adamw, two groups": {"opt_func": adamw(), "splitter": decay_groups},
     "fastai's Adam": {"opt_func": Adam},
+    "muon": {"opt_func": muon()},
 }
 
 
@@ -428,6 +429,8 @@ def test_adapters_train_and_leave_no_trace(way):
     assert [value.shape for value in watch.adapters[0]] == [(6, 4, 1, 1), (6,)] * 2
     for before, after in zip(watch.adapters, watch.adapters[1:], strict=False):
         assert not any(map(torch.equal, before, after))
+    # No normalisation follows an adapter: its size has to be learned, too, by an optimizer that keeps norms (Muon).
+    assert watch.adapters[-1][0].norm() != pytest.approx(float(watch.adapters[0][0].norm()), rel=1e-5)
     # What the optimizer keeps of them goes from step to step.
     assert all({"momentum_buffer", "exp_avg", "grad_avg"} & set(state) for state in watch.states[-1])
     assert all(state.get("step", 8) == 8 for state in watch.states[-1])

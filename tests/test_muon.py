@@ -64,6 +64,19 @@ def test_convolutions_of_one_shape_do_not_mix():
         torch.testing.assert_close(p.detach(), one_step(w, g, lr=0.1), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(6, 1, 1), (1, 3, 8), (4, 2, 3, 3)])
+def test_what_is_no_convolution_or_needs_its_size_is_trained_as_by_sgd(shape):
+    torch.manual_seed(0)
+    p, like = (nn.Parameter(torch.full(shape, 1e-3)) for _ in range(2))
+    p.free_norm = len(shape) == 4
+    optimizers = Muon([p], lr=0.1, momentum=0.5), torch.optim.SGD([like], lr=0.1, momentum=0.5, nesterov=True)
+    for _ in range(3):
+        p.grad, like.grad = torch.ones(shape), torch.ones(shape)
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(p, like)
+
+
 def test_a_weight_of_zeros_moves():
     moved = one_step(torch.zeros(4, 2, 3, 3), torch.randn(4, 2, 3, 3), lr=0.1)
     assert moved.norm() == pytest.approx(2.0, rel=1e-4)

@@ -22,8 +22,9 @@ from rich.console import Console
 
 import micronet.models as networks
 from callbacks.op_counter import OpCounter
+from callbacks.resize import ProgressiveResizing
 from callbacks.schedule import Cosine, MultiStep, OneCycle
-from micronet import Fit, MicronetError, Recipe, RunOptions, adam, adamw, load, run, sgd
+from micronet import Fit, MicronetError, Recipe, RunOptions, adam, adamw, load, muon, run, sgd
 from micronet.data import Augment, digits
 from micronet.folder import read_rows, set_aside
 
@@ -71,6 +72,7 @@ class StopAt(Callback):
             raise KeyboardInterrupt
 
 
+GROWING = partial(ProgressiveResizing, ((0.4, 16), (0.7, 24)))
 WAYS = {
     "one-cycle, mixup, average": {"schedule": OneCycle(), "ema": 0.9, "cbs": (partial(MixUp, 0.4),)},
     "cosine, adamw, cutmix, clipping": {"schedule": Cosine(warmup=0.2), "opt": adamw(), "lr": 1e-3, "cbs": (CutMix,)}
@@ -78,6 +80,7 @@ WAYS = {
     "steps, adam, last": {"schedule": MultiStep(), "opt": adam(), "lr": 1e-3, "keep": "last", "label_smoothing": 0.1},
     "early stopping": {"schedule": MultiStep(milestones=(0.25, 0.5)), "early_stop": 2, "bf16": False},
     "fastai's own Adam": {"schedule": OneCycle(), "opt": Adam, "lr": 1e-3},
+    "Muon, growing images": {"schedule": OneCycle(), "opt": muon(), "lr": 0.02, "ema": 0.9, "cbs": (GROWING,)},
     "score column": {"schedule": OneCycle(), "cbs": (OpCounter,), "lr": 0.02},
 }
 
