@@ -29,13 +29,19 @@ def copied(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
                     new = change(old.detach())
                     memo[id(old)] = nn.Parameter(new, False) if isinstance(old, nn.Parameter) else new
     copied = copy.deepcopy(model, memo).eval()
-    # A callback may have put another function around a module's forward for the time of a fit, as precision.py does.
-    # What it does is the fit's and not the network's. torch.export refuses an object there; a function is not copied:
-    # it would run the module itself, not the copy. `__wrapped__` is what functools.wraps sets.
-    for m in copied.modules():
+    unwrap(copied)
+    return copied
+
+
+def unwrap(model: nn.Module) -> None:
+    """Take away what a callback has put around forwards for the time of a fit, as precision.py does; in place.
+
+    What it does is the fit's and not the network's. torch.export refuses an object there; a function is not copied: it
+    would run the module itself, not the copy. `__wrapped__` is what functools.wraps sets.
+    """
+    for m in model.modules():
         if hasattr(vars(m).get("forward"), "__wrapped__"):
             del m.forward  # the class's method shows again
-    return copied
 
 
 def on_meta(tensor: Tensor) -> Tensor:

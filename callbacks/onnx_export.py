@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from callbacks.copies import unwrap
 from callbacks.errors import first_line
 from callbacks.fake_quantize import quantised_layers
 from callbacks.fold import fold_norms
@@ -34,7 +35,7 @@ class ExportError(ValueError):
 def deployed(model: nn.Module, input_size: Sequence[int]) -> nn.Module:
     """A copy of a network as it is deployed: on the CPU, in eval mode, every BatchNorm folded that can be.
 
-    Quantised layers have their weights on their codes times step size.
+    Quantised layers have their weights on their codes times step size. What a fit wraps forwards in is left out.
 
     Args:
         model: the network; it stays as it is.
@@ -48,6 +49,7 @@ def deployed(model: nn.Module, input_size: Sequence[int]) -> nn.Module:
         network = copy.deepcopy(model)
     finally:
         model._compiled_call_impl = compiled
+    unwrap(network)
     network = network.to("cpu", memory_format=torch.contiguous_format).eval()
     for layer in quantised_layers(network).values():
         layer.freeze()

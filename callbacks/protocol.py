@@ -11,6 +11,8 @@ A callback class may define any of these; nobody keeps a list of the classes tha
     resized(kept)          elements were taken away: `kept` is `widths.narrow`'s; take them from what is kept of them
     rewound()              the weights were put back to what they once were: begin anew what is averaged over steps
     onnx                   a property: an `OnnxFile` that its fit leaves beside the network; None before, or where none
+    cost_changes           shares of the fit, growing, in (0, 1), at which a step begins to take another time
+    as_at(share)           act as at this share of the fit until another begins: so the time of each part is taken
     training_loss          what it makes of the training loss, in a word, for plots: "distillation"; empty for nothing
     summary                what it did, in one line, to be printed after the fit; a property: Learner has this name, too
 """

@@ -4,7 +4,8 @@ What: shrinks the training batches, with antialiasing, up to given shares of the
 When: a fit that has to end by a given time: the fewer pixels, the cheaper an epoch.
 Cost: one resampling a batch. The network must take any size, as those with global average pooling do.
 Interactions: resizes after MixUp and CutMix (order 0), before `Precision` (10). BatchNorm's statistics follow the
-size, so the full size needs a good share of the fit. `torch.compile` compiles anew for each size.
+size, so the full size needs a good share of the fit. `torch.compile` compiles anew for each size. fastai's `lr_find`
+sweeps over the full size.
 Source: Howard 2018, "Now anyone can train Imagenet in 18 minutes" (fast.ai), and Howard and Gugger 2020.
 """
 
@@ -37,12 +38,27 @@ class ProgressiveResizing(Callback):
         if any(not isinstance(side, int) or side < 1 for _, side in steps):
             raise ValueError(f"the sides of steps must be whole numbers of pixels above 0, got {steps}")
         self.steps = tuple((float(share), side) for share, side in steps)
+        self._share: float | None = None  # of the fit, where another than the step's is acted
+
+    @property
+    def cost_changes(self) -> tuple[float, ...]:
+        """The shares of the fit at which another size begins."""
+        return tuple(until for until, _ in self.steps if until < 1)
+
+    def as_at(self, share: float) -> None:
+        """Take the size of this share of the fit from now on, until another fit begins."""
+        self._share = share
+
+    def before_fit(self) -> None:
+        """Go by the steps."""
+        self._share = None
 
     def before_batch(self) -> None:
-        """Shrink a training batch, where its time has not come yet."""
-        if not self.learn.training:
+        """Shrink a training batch, where its time has not come yet; a sweep over learning rates has one size."""
+        if not self.learn.training or hasattr(self.learn, "lr_finder"):
             return
-        side = next((side for until, side in self.steps if self.learn.pct_train < until), None)
+        share = self.learn.pct_train if self._share is None else self._share
+        side = next((side for until, side in self.steps if share < until), None)
         if side is not None:
             self.learn.xb = tuple(self._shrunk(x, side) if x.dim() == 4 else x for x in self.learn.xb)
 

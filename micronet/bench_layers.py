@@ -21,6 +21,8 @@ _END = "_kernel_time"
 _ARRAY = re.compile(r"(.+)\.(?:weight|bias)[^.]*(?:\.apart)?")  # conv1.weight, conv1.weight_quantized, conv1.bias.apart
 _TENSOR = re.compile(r"(.+?)(?:_bn)?_nchwc")  # a node is named after its result where it is rearranged by blocks
 _NODE = re.compile(r"(.+?)(?:_token_\d+)?")  # fused around a node of the file, or put in its place
+# What onnxruntime fuses into the convolution before it; the result is then the activation's.
+_ACTIVATIONS = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSigmoid", "Tanh"})
 _CUT = 0.25  # share of the runs that is left out at either end: times come in whole microseconds, a median would, too
 
 
@@ -92,14 +94,13 @@ class Layers:
         return ""
 
     def _behind(self, tensor: str) -> str:
-        """The layer that a tensor comes from, by way of nodes that have one input, as an activation has."""
+        """The layer that a tensor comes from, by way of activations; a pooling is none, and its time is its own."""
         node = self._makers.get(tensor)
         while node is not None:
             layer = self._of(node)
-            made = [name for name in node.input if name in self._makers]
-            if layer or len(made) != 1:
+            if layer or node.op_type not in _ACTIVATIONS:
                 return layer
-            node = self._makers[made[0]]
+            node = self._makers.get(node.input[0])
         return ""
 
 

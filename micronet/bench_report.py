@@ -36,6 +36,8 @@ def _speed_up(phase: Phase | None) -> str:
 
 def zeros(cost: Cost) -> str:
     """What share of a model's weights is zero, and why, where its file tells."""
+    if cost.unknown:
+        return "-"
     narrow = cost.weight_bits <= NARROW
     if cost.masked is None:
         shares = {" of codes" if narrow else "": cost.zeros}

@@ -22,6 +22,7 @@ from micronet.cli_options import (
     check_device,
     check_outputs,
     ended_as_by_ctrl_c,
+    ignore_signals,
     make_console,
     parse_settings,
     use_data,
@@ -51,12 +52,21 @@ app.add_typer(data_app, name="data")
 
 
 def main() -> None:
-    """Run the command line; what the user can mend is one line and exit status 1."""
+    """Run the command line; what the user can mend is one line and exit status 1; signals are ignored after it."""
     # fastai decorates two functions with it at import; nothing that the user can do.
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
     try:
         with ended_as_by_ctrl_c():
-            app()
+            _run()
+    except KeyboardInterrupt:  # no command runs any more, and its end is not reached
+        ignore_signals()
+        print("\nmicronet: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run() -> None:
+    try:
+        app()
     except MicronetError as error:
         _fail(str(error))
     except OSError as error:  # a full disk, a folder that is not ours to write
@@ -66,6 +76,7 @@ def main() -> None:
 
 
 def _fail(told: str) -> None:
+    ignore_signals()
     print(f"micronet: {printable(told)}", file=sys.stderr)
     sys.exit(1)
 

@@ -242,7 +242,7 @@ def _quantised_lines(made: "Exported", zeros: int) -> list[str]:
             "narrower codes of convolutions are stored in 8 bits, as integer kernels take them, and counted so; --int4 "
             "stores 4 bits, and is several times slower"
         )
-    if note := "" if made.int4 else int8_told(""):
+    if note := "" if made.int4 else int8_told("", reduced=8 not in before.widths):
         lines.append(note)
     return lines
 

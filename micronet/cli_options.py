@@ -1,6 +1,5 @@
 """Options of the commands, and the checks that come before anything slow is imported."""
 
-import atexit
 import os
 import signal
 import sys
@@ -78,7 +77,11 @@ class Group(_PlainFlags, TyperGroup):
 
 @contextmanager
 def ended_as_by_ctrl_c() -> Iterator[None]:
-    """Have what ends a process as a rule end it as Ctrl-C does: so that nothing half written is left behind."""
+    """Have what ends a process as a rule end it as Ctrl-C does: so that nothing half written is left behind.
+
+    Around a process's whole work: after it, signals are ignored. What comes then is the interpreter's end, which has no
+    handlers: a signal would undo the exit status. Who goes on in this process puts the handlers back.
+    """
     mine = threading.current_thread() is threading.main_thread()
     numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if mine and signal.getsignal(n) is signal.SIG_DFL]
     for number in numbers:  # nohup's, which is another, stays
@@ -86,16 +89,14 @@ def ended_as_by_ctrl_c() -> Iterator[None]:
     try:
         yield
     finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
-        if mine:  # what comes now is the interpreter's end, which has no handlers: a signal would undo the exit status
-            atexit.unregister(_deafen)
-            atexit.register(_deafen)
+        ignore_signals()
 
 
-def _deafen() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+def ignore_signals() -> None:
+    """Ignore, from where its outcome is known, what ends a process; a thread other than the main one can't."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def make_console() -> "Console":

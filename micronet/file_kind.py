@@ -6,6 +6,7 @@ from pathlib import Path
 from micronet.errors import MicronetError, require_file
 from micronet.named_networks import LIBRARIES
 
+MOST_HEADER = 1 << 24  # bytes that a packed file's header may take; a DenseNet-121's takes 60,000
 _LOOKED_AT = 512  # bytes
 # Source: each format's own description.
 _STARTS = {
@@ -34,8 +35,9 @@ def look(path: Path) -> str:
         start = file.read(_LOOKED_AT)
     if not start:
         return "it is empty"
-    # Before the others: its first bytes are a length, which may be any of theirs (1 of 32 begins like a pickle).
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+    # Before the others: its first bytes are a length, which may be any of theirs (1 of 32 begins like a pickle). A file
+    # that was cut short may have fewer bytes than that.
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= max(MOST_HEADER, path.stat().st_size):
         return "it looks like a safetensors file, as a packed one is"
     for begins, kind in _STARTS.items():
         if start.startswith(begins):

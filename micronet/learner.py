@@ -223,7 +223,8 @@ def find_lr(
 ) -> tuple[list[float], list[float], float]:
     """Train a recipe's first stage that has epochs with a growing learning rate, until the loss explodes.
 
-    What would change the network's size or zeros on the way is left out: it is not what the rate is chosen for.
+    What would change the network's size or zeros on the way is left out: it is not what the rate is chosen for. Images
+    that grow in the fit (`ProgressiveResizing`) have their full size.
 
     Args:
         recipe: that stage names optimizer, loss and callbacks; edits up to it are made.

@@ -3,11 +3,12 @@
 Answers alone say little of quantised layers: what float32 leaves open tips a code now and then, and at 4 bits one that
 tips moves the logits by a tenth, as a fault does. So each quantised layer is given what it gets in the network that was
 packed. Then no tip goes anywhere, and what it would have got, and the logits, must be as near as those of floats are.
-The codes of the weights must be the same ones, but for the sign of an output, which a folded BatchNorm can turn round.
+Noise does not meet every channel, and one of many says little in a norm. So each output's codes, step size and bias
+must be what its factor and summand, of the BatchNorms that fold into it, make of those of the network that was packed.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from callbacks.fake_quantize import Quantised, quantised_layers
+from callbacks.fake_quantize import LEAST, Quantised, quantised_layers
+from callbacks.fold import scale_and_shift
+from callbacks.fold_plan import plan_folds
+from callbacks.graph import Graph
+from callbacks.liveness import fold_constants, needed
+from callbacks.op_trace import trace
 from micronet.bundle import Bundle
 from micronet.errors import MicronetError
 from micronet.parity import relative_errors
@@ -24,6 +30,8 @@ PROBES = 12  # images of noise that the networks are asked about
 # Largest relative error beside the network that was packed, at 32 and 16 bits: float32 rounds to 1e-7 and float16 to
 # 5e-4, and 100 layers add up.
 MOST_APART = {32: 1e-4, 16: 0.01}
+# The same of one step size or bias, which is rounded once, and its absolute error: float16 holds multiples of 6e-8.
+MOST_APART_EACH = {32: (1e-5, LEAST), 16: (1e-3, 6e-8)}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,15 +58,14 @@ def require_like(found: Bundle, source: Bundle, float_bits: int) -> Likeness:
         float_bits: width at which the former's numbers were stored, 32 or 16.
 
     Raises:
-        MicronetError: other codes, step sizes or answers.
+        MicronetError: other codes, step sizes, biases or answers.
     """
     model, images = copy.deepcopy(source.model).to("cpu", torch.float32).eval(), noise(source)
     before, after = quantised_layers(model), quantised_layers(found.model)
     if list(before) != list(after):
         raise MicronetError("other layers are quantised than in the network that was packed: nothing was kept")
-    for name, layer in before.items():
-        if not _same_codes(layer.codes().flatten(1), after[name].codes().flatten(1)):
-            raise MicronetError(f"the codes of {name} are not those of the network that was packed: nothing was kept")
+    if before:
+        _require_same_outputs(model, after, source.input_size, float_bits)
     likeness = Likeness(
         logits=relative_errors(*(form(images).double().flatten(1) for form in (model, found.model))),
         links=_links(model, found.model, images),
@@ -79,12 +86,50 @@ def noise(bundle: Bundle) -> Tensor:
     return torch.randn(PROBES, *bundle.input_size, generator=torch.Generator().manual_seed(0))
 
 
-def _same_codes(before: Tensor, after: Tensor) -> bool:
-    """Whether codes `(out, each)` are the same but for the signs of rows; a row whose factor was 0 is 0."""
-    return before.shape == after.shape and all(
-        bool((row == was).all() or (row == -was).all() or not row.any())
-        for was, row in zip(before.short(), after.short(), strict=True)
-    )
+def _require_same_outputs(
+    model: nn.Module, after: Mapping[str, Quantised], input_size: tuple[int, ...], float_bits: int
+) -> None:
+    """Refuse quantised layers with an output that is not what the network that was packed makes of it, folded."""
+    graph = trace(model, input_size)
+    folds = {model.get_submodule(name): norms for name, norms in plan_folds(model, graph).layers.items()}
+    read = _read(model, graph)
+    relative, absolute = MOST_APART_EACH[float_bits]
+    for name, layer in quantised_layers(model).items():
+        if id(layer.weight) not in read:
+            continue  # deployed, it is zeros
+        wanted = _folded(layer, [model.get_submodule(norm) for norm in folds.get(layer, ())])
+        for (what, right), found in zip(wanted.items(), _outputs(after[name]).values(), strict=True):
+            if found.shape != right.shape or not torch.allclose(found, right, rtol=relative, atol=absolute):
+                raise MicronetError(
+                    f"the {what} of {name} are not those of the network that was packed: nothing was kept"
+                )
+
+
+def _read(model: nn.Module, graph: Graph) -> set[int]:
+    """The `id` of each parameter that an answer depends on."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    nodes = needed(fold_constants(graph), graph.outputs)
+    values = [value for node in nodes for value in node.inputs if value is not None and value.fixed]
+    return {id(own[name]) for value in values for name in value.names if name in own}
+
+
+def _outputs(layer: Quantised) -> dict[str, Tensor]:
+    """What the outputs of a layer are computed with, in float64: codes `(out, each)`, the others `(out,)`."""
+    codes = layer.codes().flatten(1).double()
+    steps = layer.weight_scale.double().abs().clamp_min(LEAST) * codes.any(1)  # that of zeros says nothing
+    bias = torch.zeros_like(steps) if layer.bias is None else layer.bias.double()
+    return {"codes": codes, "step sizes": steps, "biases": bias}
+
+
+def _folded(layer: Quantised, norms: list[nn.Module]) -> dict[str, Tensor]:
+    """The same with BatchNorms taken in: a factor's sign goes to the codes, its size to the step size."""
+    codes, steps, bias = _outputs(layer).values()
+    scale, shift = scale_and_shift(norms) if norms else (torch.ones_like(steps), torch.zeros_like(steps))
+    scale, shift = (value.repeat_interleave(len(steps) // len(value)) for value in (scale, shift))
+    steps = steps * scale.abs()
+    held = steps >= LEAST  # a step that float32 can't hold makes zeros
+    signs = scale.sign() * held
+    return {"codes": codes * signs[:, None], "step sizes": steps * held, "biases": bias * scale + shift}
 
 
 def _links(model: nn.Module, found: nn.Module, images: Tensor) -> dict[str, float]:

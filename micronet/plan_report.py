@@ -72,9 +72,10 @@ def plan_lines(plan: Plan, recipe: str) -> tuple[list[str], list[str]]:
     for stage in plan.stages:
         if stage.timing is not None:
             how = "bf16" if stage.bf16 else "float32"
+            parts = f" in {stage.timing.parts} parts, by their shares" if stage.timing.parts > 1 else ""
             above.append(
                 f"stage {stage.name}: {stage.timing.steps:,} steps of {stage.batch_size:,} images in {how}, "
-                f"{1000 * stage.timing.step_seconds:,.0f} ms each (median of {stage.timing.measured}), "
+                f"{1000 * stage.timing.step_seconds:,.0f} ms each (median of {stage.timing.measured}{parts}), "
                 f"validation {duration(stage.timing.valid_seconds)}"
             )
     trained = any(stage.epochs for stage in plan.stages)

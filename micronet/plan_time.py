@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from statistics import median
 
 import torch
@@ -9,14 +10,15 @@ from fastai.callback.core import Callback, CancelFitException, CancelTrainExcept
 from fastai.learner import Learner
 from rich.console import Console
 
+from callbacks.protocol import having, tell
 from micronet.errors import MicronetError
 from micronet.learner import run_fit
 from micronet.recipe import Fit
 
-WARM_UP = 3  # steps that are not taken: kernels are chosen, memory is fetched, images are padded
-STEPS = (3, 20)  # fewest and most steps that are taken
+WARM_UP = 3  # steps of a part that are not taken: kernels are chosen, memory is fetched, images are padded
+STEPS = (3, 20)  # fewest and most steps of a part that are taken
 BATCHES = 6  # of validation, the first of which is not taken
-SECONDS = 10.0  # after which the fewest steps are enough; after three times as long, whatever there is
+SECONDS = 10.0  # for all parts, after which the fewest steps are enough; after three times as long, whatever there is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,38 +26,47 @@ class Timing:
     """How long the parts of a fit take.
 
     Args:
-        step_seconds: one step, the median of those taken.
+        step_seconds: one step, the median of those taken; where the fit has parts, the mean of theirs by their shares.
         steps: in an epoch.
         valid_seconds: one validation.
         measured: how many steps were taken.
+        parts: of the fit, whose steps take different times.
     """
 
     step_seconds: float
     steps: int
     valid_seconds: float
     measured: int
+    parts: int = 1
 
     @property
     def epoch_seconds(self) -> float:
-        """One epoch: all its steps, and the validation after them."""
+        """One epoch, the mean of the fit's: all its steps, and the validation after them."""
         return self.step_seconds * self.steps + self.valid_seconds
 
 
 class _Clock(Callback):
-    """Takes the time of a few steps and of a few batches of validation, then ends the fit."""
+    """Takes the time of a few steps of each part of a fit and of a few batches of validation, then ends the fit.
+
+    Args:
+        device: where the fit computes.
+        starts: of the parts, as shares of the fit; the first is 0.
+        most: steps of a part.
+    """
 
     order = 98  # after all others, so that what they do is in the time
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, starts: tuple[float, ...], most: int) -> None:
         super().__init__()
-        self._device = device
-        self.steps: list[float] = []
+        self._device, self._starts, self._most = device, starts, most
+        self.steps: list[list[float]] = []  # seconds, of each part that is begun
         self.batches: list[float] = []  # seconds an image: the last batch is smaller than the others
-        self._began = self._last = 0.0
+        self._began = self._part_began = self._last = 0.0
 
     def before_fit(self) -> None:
-        """Start the clock that ends it all."""
+        """Start the clock that ends it all, and the first part."""
         self._began = self._now()
+        self._begin_part()
 
     def before_train(self) -> None:
         """Start the clock of the first step."""
@@ -70,9 +81,11 @@ class _Clock(Callback):
         now = self._now()
         seconds, self._last = now - self._last, now
         if self.learn.training:
-            self.steps.append(seconds)
-            if self._enough():
+            self.steps[-1].append(seconds)
+            if self._over():
                 raise CancelTrainException
+            if self._enough():
+                self._begin_part()
         else:
             self.batches.append(seconds / len(self.learn.y))
             if len(self.batches) >= BATCHES or (len(self.batches) >= 2 and now - self._began > 4 * SECONDS):
@@ -88,13 +101,21 @@ class _Clock(Callback):
 
     def after_epoch(self) -> None:
         """End the fit when enough was seen."""
-        if self._enough():
+        if self._over():
             raise CancelFitException
 
+    def _begin_part(self) -> None:
+        tell(self.learn, "as_at", self._starts[len(self.steps)])
+        self.steps.append([])
+        self._part_began = self._now()
+
+    def _over(self) -> bool:
+        return len(self.steps) == len(self._starts) and self._enough()
+
     def _enough(self) -> bool:
-        taken, seconds = len(self.steps) - WARM_UP, time.perf_counter() - self._began
-        few = seconds > SECONDS and taken >= STEPS[0]
-        return taken >= STEPS[1] or few or (seconds > 3 * SECONDS and len(self.steps) >= 2)
+        run, seconds, limit = len(self.steps[-1]), self._now() - self._part_began, SECONDS / len(self._starts)
+        few = seconds > limit and run >= WARM_UP + STEPS[0]
+        return run >= self._most or few or (seconds > 3 * limit and run >= 2)
 
     def _now(self) -> float:
         if self._device.type == "cuda":
@@ -105,6 +126,9 @@ class _Clock(Callback):
 def time_fit(learn: Learner, fit: Fit) -> Timing:
     """Run the first steps of a fit, and take their time; the Learner's network is trained by them.
 
+    Where callbacks say at which shares of the fit a step's time changes (`cost_changes`), some are run as in each part.
+    Schedules go by the steps all the same: a rate that is high later could make the loss explode so early.
+
     Args:
         learn: as `make_learner` gives it.
         fit: the same stage.
@@ -112,18 +136,23 @@ def time_fit(learn: Learner, fit: Fit) -> Timing:
     Raises:
         MicronetError: the loss is no longer finite after them.
     """
-    clock = _Clock(torch.device(learn.dls.device))
-    steps = len(learn.dls.train)
+    starts = (0.0, *sorted({share for cb in having(learn, "cost_changes") for share in cb.cost_changes}))
+    steps, parts = len(learn.dls.train), len(starts)
     # A small set has fewer steps in an epoch than are needed, and nothing may end it before.
-    longer = replace(fit, epochs=max(fit.epochs, -(-(WARM_UP + STEPS[0]) // steps)), early_stop=None)
+    longer = replace(fit, epochs=max(fit.epochs, -(-parts * (WARM_UP + STEPS[0]) // steps)), early_stop=None)
+    clock = _Clock(torch.device(learn.dls.device), starts, min(WARM_UP + STEPS[1], longer.epochs * steps // parts))
     result = run_fit(learn, longer, Console(quiet=True, force_terminal=False), cbs=(clock,))
     if result.diverged is not None:
-        raise MicronetError(f"the training loss is no longer finite within {len(clock.steps)} steps: lower lr={fit.lr}")
-    taken = clock.steps[WARM_UP:] or clock.steps[-1:]
+        raise MicronetError(
+            f"the training loss is no longer finite within {sum(map(len, clock.steps))} steps: lower lr={fit.lr}"
+        )
+    taken = [run[WARM_UP:] or run[-1:] for run in clock.steps]
+    shares = [end - start for start, end in pairwise((*starts, 1.0))]
     images = len(learn.dls.valid.dataset)
     return Timing(
-        step_seconds=median(taken),
+        step_seconds=sum(share * median(part) for share, part in zip(shares, taken, strict=True)),
         steps=steps,
         valid_seconds=median(clock.batches[1:] or clock.batches) * images,
-        measured=len(taken),
+        measured=sum(map(len, taken)),
+        parts=parts,
     )

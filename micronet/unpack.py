@@ -30,13 +30,12 @@ from micronet.bundle import Bundle, assemble
 from micronet.bundle_file import check_fields
 from micronet.errors import MicronetError, first_line, require_file
 from micronet.factories import find_factory
-from micronet.file_kind import look
+from micronet.file_kind import MOST_HEADER, look
 from micronet.packed_arrays import CODED, PackedArrays
 from micronet.rebuild import rebuilt, shapes_of
 
 SUFFIX = ".safetensors"
 FORMAT, VERSION = "micronet packed", 1
-MOST_HEADER = 1 << 24  # bytes; a DenseNet-121 takes 60,000
 # Elements that a file may have beyond eight for each of its bytes: those of coded masks, and those that are not stored.
 MOST_ELEMENTS = 1 << 26
 

@@ -1,6 +1,7 @@
 """What several test files share: the command line, an empty cache, real digits as files, the archives of real CIFAR."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -65,18 +66,34 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+@pytest.fixture(scope="session")
+def in_process():
+    """Run a command line in this process, which keeps its arguments and handlers of signals; returns exit status."""
+
+    def run(*arguments):
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        argv, handlers = sys.argv, [signal.getsignal(number) for number in numbers]
+        sys.argv = ["micronet", *map(str, arguments)]
+        try:
+            cli.main()
+            return 0
+        except SystemExit as end:
+            return end.code or 0
+        finally:
+            sys.argv = argv
+            for number, handler in zip(numbers, handlers, strict=True):
+                if signal.getsignal(number) is not handler:  # only the main thread may set any
+                    signal.signal(number, handler)
+
+    return run
+
+
 @pytest.fixture
-def call(capsys, monkeypatch):
+def call(capsys, monkeypatch, in_process):
     """Run a command line in this process; returns exit status, standard output, standard error."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["micronet", *map(str, arguments)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as end:
-            status = end.code or 0
-        return status, *capsys.readouterr()
+        return in_process(*arguments), *capsys.readouterr()
 
     monkeypatch.setenv("MICRONET_DATA", "")  # so that the one that a command sets is undone
     monkeypatch.delenv("MICRONET_DATA")

@@ -26,7 +26,8 @@ import micronet.bench_process
 import micronet.bench_worker
 from micronet import machine
 from micronet.bench import bench
-from micronet.bench_cost import cost_of
+from micronet.bench_cost import Cost, cost_of
+from micronet.bench_layers import Layers
 from micronet.bench_process import Process, pick_cores
 from micronet.bench_report import zeros
 from micronet.bench_results import Options
@@ -220,6 +221,7 @@ def test_zeros_of_masks_are_told_from_those_of_rounding(files, tmp_path):
     assert sparse.masked is None
     assert zeros(sparse) == "90 %"
     assert zeros(replace(sparse, weight_bits=4)) == "90 % of codes"
+    assert zeros(Cost(file_bytes=1, unknown="an operation without a rule")) == "-"
 
 
 class Noise(CalibrationDataReader):
@@ -247,6 +249,31 @@ def test_nodes_lead_to_layers_whatever_is_fused_and_though_the_file_names_none(c
     assert set(heavy) == {"block.0", "block.1", "block.2", "fc"}
     assert ("QLinearConv" in heavy.values()) == codes
     assert path.read_bytes() == before
+
+
+def test_a_pooling_is_not_booked_to_the_layer_before_it(tmp_path):
+    rng = np.random.default_rng(0)
+    shapes = {"a.weight": (32, 3, 3, 3), "b.weight": (32, 32, 3, 3)}
+    arrays = [numpy_helper.from_array(rng.standard_normal(shape).astype("f"), name) for name, shape in shapes.items()]
+    nodes = [
+        helper.make_node("Conv", ["x", "a.weight"], ["c"], "conv0", pads=[1] * 4),
+        helper.make_node("Relu", ["c"], ["r"], "relu0"),
+        helper.make_node("MaxPool", ["r"], ["m"], "max", kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("Constant", [], ["low"], "zero", value=numpy_helper.from_array(np.float32(0))),
+        helper.make_node("Conv", ["m", "b.weight"], ["d"], "conv1", pads=[1] * 4),
+        helper.make_node("Clip", ["d", "low"], ["s"], "clip1"),
+        helper.make_node("AveragePool", ["s"], ["y"], "average", kernel_shape=[2, 2], strides=[2, 2]),
+    ]
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 16, 16])
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 32, 4, 4])
+    graph = helper.make_graph(nodes, "net", [given], [result], arrays)
+    path = tmp_path / "pools.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+    layers = Layers(graph)
+    assert [layers(f"{name}_nchwc") for name in ("r", "m", "s", "y")] == ["a", "", "b", ""]
+    found = [(node["layer"], node["op"]) for node in OnnxModel(job(path)).layers()]
+    assert {layer for layer, op in found if "Pool" in op} == {""}
+    assert sorted(layer for layer, op in found if "Conv" in op) == ["a", "b"]
 
 
 def test_a_file_that_keeps_its_arrays_in_another_is_left_as_it_is(files, tmp_path):

@@ -20,17 +20,10 @@ COMMANDS += ["bench", "lr-find", "data fetch", "data show"]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
+def trained(tmp_path_factory, in_process) -> Path:
     """A run folder that the command itself made."""
     folder = tmp_path_factory.mktemp("runs") / "quickstart"
-    old, sys.argv = sys.argv, ["micronet", "fit", QUICKSTART, "-s", "epochs=2", "--limit", "200", "-o", str(folder)]
-    try:
-        cli.main()
-    except SystemExit as end:
-        if end.code:
-            raise
-    finally:
-        sys.argv = old
+    assert in_process("fit", QUICKSTART, "-s", "epochs=2", "--limit", "200", "-o", folder) == 0
     return folder
 
 

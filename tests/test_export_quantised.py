@@ -16,9 +16,11 @@ import micronet.export_quantised as module
 from callbacks.fake_quantize import quantised_layers
 from callbacks.integer_kernels import integer_kernels
 from callbacks.onnx_export import deployed, export_onnx
+from callbacks.onnx_run import Kernels
 from callbacks.quant_aware import QuantAware
 from micronet import Fit, MicronetError, Recipe, RunOptions, load, run
 from micronet.bundle import save
+from micronet.cli_export import _quantised_lines
 from micronet.data import digits, plain_loader
 from micronet.deploy import check_zeros
 from micronet.evaluate import evaluate
@@ -132,6 +134,30 @@ def test_a_processor_of_short_sums_is_said(call, trained, tmp_path, monkeypatch)
         status, out, _ = call("export", trained, "-o", tmp_path / "m.onnx", "--floor", "0", "--images", "50", *more)
         assert (status, "onnxruntime's 16-bit sums saturate" in out) == (0, said)
     assert read_meta(tmp_path / "m.onnx").gate["instruction_sets"] == ["avx2"]
+
+
+@pytest.mark.parametrize(
+    ("widths", "says"),
+    [
+        ({4: 3, 8: 2}, "onnxruntime's 16-bit sums saturate"),
+        ({4: 3, 7: 2}, "its 16-bit sums hold weights of 7 bits"),  # 2 x 255 x 63 is 32,130
+    ],
+)
+def test_sums_are_said_to_saturate_where_some_weights_have_8_bits(widths, says, tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text("flags\t: fpu avx2\n")
+    monkeypatch.setattr("micronet.machine._CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    stored = module.Stored(widths=widths, words=100, sparse=0)
+    made = module.Exported(
+        kept=None,
+        int4=False,
+        kernels=Kernels(convs=4, integer_convs=4, products=1, integer_products=1, packed_products=0),
+        before=stored,
+        after=replace(stored, widths={8: 5}),
+    )
+    said = [line for line in _quantised_lines(made, 0) if "CPU" in line]
+    assert len(said) == 1
+    assert says in said[0]
 
 
 def test_int4_stores_what_the_ledger_of_the_network_says_and_tells_what_that_costs(said, trained):

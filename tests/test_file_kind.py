@@ -60,6 +60,18 @@ def test_files_of_real_writers_are_told(kind, tmp_path):
     assert look(file).startswith(f"it looks like {kind.strip()}")
 
 
+@pytest.mark.parametrize("length", [9, 1000])
+def test_a_packed_file_that_is_cut_within_its_header_is_said_to_be_truncated(length, tmp_path, call):
+    whole = save({"a": np.zeros(2, np.float32)}, {"micronet": "x" * 7000})
+    assert int.from_bytes(whole[:8], "little") > length
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(whole[:length])
+    for command in ("score", "unpack"):
+        status, out, err = call(command, file)
+        assert (status, out, err.count("\n")) == (1, "", 1)
+        assert f"{file}: truncated (its header alone is longer than the file)" in err
+
+
 @given(st.binary(max_size=40))
 def test_any_bytes_are_told_in_words_that_can_be_printed(tmp_path_factory, content):
     file = tmp_path_factory.mktemp("bytes") / "model.bin"

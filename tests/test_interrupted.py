@@ -265,6 +265,44 @@ def started(*arguments) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+# A command that fails, and a signal at a moment after that.
+STRUCK = """
+import os, signal, sys
+from micronet import cli
+
+number, moment = int(sys.argv.pop()), sys.argv.pop()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background has it ignored
+
+def struck(function):
+    def with_signal(told):
+        os.kill(os.getpid(), number)
+        return function(told)
+    return with_signal
+
+if moment == "before it is said":
+    cli._fail = struck(cli._fail)
+if moment == "while it is said":
+    cli.printable = struck(cli.printable)
+try:
+    cli.main()
+finally:
+    if moment == "after it is said":
+        os.kill(os.getpid(), number)
+"""
+
+
+@pytest.mark.parametrize("moment", ["before it is said", "while it is said", "after it is said"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_at_the_end_does_not_undo_the_exit_status(number, moment, tmp_path):
+    command = [sys.executable, "-c", STRUCK, "score", tmp_path / "none.pth", moment, str(int(number))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if moment == "before it is said":
+        assert (done.returncode, done.stderr) == (130, "\nmicronet: interrupted\n")
+    else:
+        assert done.returncode == 1
+        assert re.fullmatch(r"micronet: .*none\.pth: .*\n", done.stderr)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -6,6 +6,7 @@ import tempfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from callbacks.op_counter import OpCounter
 from callbacks.quant_aware import QuantAware
 from callbacks.quantize import QuantizeInt8
 from callbacks.ramp import OneShot
+from callbacks.resize import ProgressiveResizing
 from callbacks.schedule import Constant, MultiStep, Step
 from callbacks.sparsify import Sparsify
 from micronet import RULES, Assume, Fit, MicronetError, Recipe, RunOptions, load, run, score, sgd
@@ -29,7 +31,7 @@ from micronet.data import Augment, ImageSet, digits
 from micronet.model_source import open_model
 from micronet.plan import Plan, plan
 from micronet.plan_checks import check_data
-from micronet.plan_report import duration, effect, plan_table
+from micronet.plan_report import duration, effect, plan_lines, plan_table
 from micronet.score import tally
 
 ROOT = Path(__file__).parent.parent
@@ -130,6 +132,42 @@ def test_slow_steps_are_few(monkeypatch):
     timing = planned(Fit("train", epochs=1), batch_size=8, timed=True).stages[0].timing
     assert (timing.steps, timing.measured) == (12, 1)
     assert timing.valid_seconds > 0
+
+
+class Slow(Callback):
+    """Moves a clock by a second for each row of pixels, and writes down the rows and how far the fit is."""
+
+    order = 6
+    now, rows, shares = 0.0, (), ()
+
+    def before_batch(self) -> None:
+        rows = self.learn.xb[0].shape[-2]
+        Slow.now += rows
+        if self.learn.training:
+            Slow.rows += (rows,)
+            Slow.shares += (self.learn.pct_train,)
+
+
+@pytest.mark.parametrize(("epochs", "each"), [(1, 6), (10, 10), (30, 23)])
+def test_each_part_of_growing_images_is_timed_and_weighed(epochs, each, monkeypatch):
+    monkeypatch.setattr("micronet.plan_time.SECONDS", 1e9)
+    monkeypatch.setattr("micronet.plan_time.time", SimpleNamespace(perf_counter=lambda: Slow.now))
+    Slow.now, Slow.rows, Slow.shares = 0.0, (), ()
+    growing = (partial(ProgressiveResizing, ((0.3, 20), (0.6, 26))), Slow)
+    (row,) = planned(Fit("train", epochs=epochs, cbs=growing), timed=True).stages
+    assert Slow.rows == (20,) * each + (26,) * each + (32,) * each
+    assert row.timing.step_seconds == pytest.approx(0.3 * 20 + 0.3 * 26 + 0.4 * 32)
+    assert (row.timing.measured, row.timing.parts) == (3 * (each - 3), 3)
+    # Rates and schedules go by the steps: one epoch is lengthened to six.
+    assert Slow.shares == pytest.approx([place / (3 * max(epochs, 6)) for place in range(3 * each)])
+
+
+def test_slow_steps_of_each_part_are_few(monkeypatch):
+    monkeypatch.setattr("micronet.plan_time.SECONDS", 0.0)
+    growing = (partial(ProgressiveResizing, ((0.3, 20), (0.6, 26))),)
+    result = planned(Fit("train", epochs=9, cbs=growing), timed=True)
+    assert result.stages[0].timing.measured == 3
+    assert "median of 3 in 3 parts, by their shares" in plan_lines(result, "it")[0][1]
 
 
 def test_a_busy_machine_is_said(monkeypatch):

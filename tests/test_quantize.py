@@ -23,6 +23,7 @@ from callbacks.ema import EMA
 from callbacks.layer_noise import snr
 from callbacks.onnx_run import logits
 from callbacks.paired import Paired
+from callbacks.precision import Precision
 from callbacks.quantize import QuantizeInt8, chosen_images, plain_batches
 from callbacks.quantize_onnx import Calibration, QuantizeError, float_nodes, prepared, quantize, require_layers
 from micronet.data import digits, loaders
@@ -417,6 +418,18 @@ def test_a_wrong_name_ends_a_fit_before_it_begins():
         fit(learn, QuantizeInt8(keep_float=("5",)), 1, (Count(),))
     assert epochs == []
     assert torch.equal(torch.random.get_rng_state(), drawn)
+
+
+def test_layers_are_found_by_their_names_in_a_fit_of_bfloat16():
+    """Precision (order 10) has wrapped the forward before the names are looked at (order 80)."""
+    learn, _ = small()
+    cb = fit(learn, QuantizeInt8(images=32, floor=100, keep_float=("4",)), 0, (Precision(bf16=True),))
+    made = onnx.load_from_string(cb.onnx.content)
+    np.testing.assert_array_equal(arrays(made)["4.weight"], learn.model[4].weight.detach().numpy())
+    assert "0.weight_quantized" in arrays(made)
+    assert "forward" not in vars(learn.model)
+    with pytest.raises(ValueError, match=r"keep_float: no layer '5'; there are 0, 4 \(2 in all\)"):
+        fit(learn, QuantizeInt8(keep_float=("5",)), 1, (Precision(bf16=True),))
 
 
 @pytest.mark.parametrize(

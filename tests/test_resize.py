@@ -1,11 +1,17 @@
 """Images that grow during a fit."""
 
+from functools import partial
+
 import pytest
 import torch
 from fastai.callback.core import Callback
 from learners import make_learner
 
 from callbacks.resize import ProgressiveResizing
+from micronet import Fit, Recipe
+from micronet.data import digits
+from micronet.learner import find_lr
+from micronet.models import separable_net
 
 
 class Sizes(Callback):
@@ -37,6 +43,33 @@ def test_each_size_ends_at_its_share_of_the_fit():
 
 def test_a_resumed_fit_goes_on_with_its_size():
     assert seen(((0.5, 4),), epochs=4, start_epoch=1).trained == [(4, 4)] * 4 + [(8, 8)] * 8
+
+
+@pytest.mark.parametrize(("steps", "changes"), [(((0.2, 4), (0.6, 6)), (0.2, 0.6)), (((0.5, 4), (1.0, 6)), (0.5,))])
+def test_it_says_where_steps_begin_to_cost_more(steps, changes):
+    assert ProgressiveResizing(steps).cost_changes == changes
+
+
+def test_the_size_of_another_part_is_taken_until_a_fit_begins():
+    resizing, sizes = ProgressiveResizing(((0.5, 4),)), Sizes()
+    learn = make_learner()
+    learn.add_cbs([resizing, sizes])
+    learn.training, learn.pct_train = True, 0.0
+    resizing.as_at(0.5)
+    learn.xb = (torch.rand(2, 3, 8, 8),)
+    resizing.before_batch()
+    assert learn.xb[0].shape[-1] == 8
+    with learn.no_mbar():
+        learn.fit(2)
+    assert sizes.trained == [(4, 4)] * 4 + [(8, 8)] * 4
+
+
+def test_a_learning_rate_is_looked_for_at_the_full_size():
+    sizes = Sizes()
+    fit = Fit("train", epochs=2, lr=0.05, cbs=(partial(ProgressiveResizing, ((0.9, 16),)), lambda: sizes))
+    net = partial(separable_net, width_multiplier=0.125)
+    find_lr(Recipe(partial(digits, batch_size=16), net, (fit,)), steps=30, limit=160, device="cpu")
+    assert set(sizes.trained) == {(32, 32)}
 
 
 def test_images_are_never_enlarged_and_keep_their_shape():
