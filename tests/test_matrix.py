@@ -17,7 +17,6 @@ CROSS_SECTION = (
     "timm:convnext_atto",
     "timm:repvgg_a0",
     "timm:edgenext_xx_small",
-    "timm:levit_128s",
     "timm:resnet10t",
     "torchvision:shufflenet_v2_x0_5",
 )

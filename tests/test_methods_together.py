@@ -29,7 +29,7 @@ NETWORKS = {
     "mobilenetv3_small_100": partial(timm.create_model, model_name="mobilenetv3_small_100"),
     "mobilenetv3_large_100": partial(timm.create_model, model_name="mobilenetv3_large_100"),
 }
-QUICK = ("resnet20", "separable_net")
+QUICK = ("resnet20",)
 
 
 def pictures(size: int):

@@ -369,6 +369,7 @@ def test_a_fault_in_a_channel_that_noise_leaves_at_zero_is_found(fault, said):
         require_like(deployed, bundle, 32)
 
 
+@pytest.mark.slow
 def test_a_fault_in_one_of_many_channels_is_found_at_16_bits():
     """It is lost in the norm of 512 channels, of which 1 % may be wrong: float16 is no reason for it."""
     bundle = quantised(bundled(resnet18, num_classes=10), 4)

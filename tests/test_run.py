@@ -488,7 +488,7 @@ def test_a_compiled_fit_leaves_a_plain_network(tmp_path):
     assert list(bundle.model.state_dict()) == list(SMALL(num_classes=10).state_dict())
 
 
-LARGE = ("densenet121", "googlenet", "resnet56", "resnet110")
+LARGE = ("densenet121", "googlenet", "preact_resnet18", "resnet56", "resnet110")
 
 
 @pytest.mark.parametrize(

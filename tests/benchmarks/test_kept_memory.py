@@ -1,6 +1,6 @@
 """What it brings to keep freed memory (micronet/allocator.py): training steps of ResNet-20, with and without, by turns.
 
-Run: pytest -m benchmark tests/benchmarks/test_allocator.py -s      (a minute; an otherwise idle machine)
+Run: pytest -m benchmark tests/benchmarks/test_kept_memory.py -s      (a minute; an otherwise idle machine)
 """
 
 import platform
