@@ -44,36 +44,19 @@ def recipe(
         smoke: one epoch.
     """
     epochs = 1 if smoke else epochs
+    lr = (0.02 if way == "muon" else 0.1) if lr is None else lr
+    fit = partial(Fit, "train", epochs=epochs, lr=lr)
     if way == "muon":
         cycle = OneCycle(pct_start=0.2, moms=(0.9, 0.9, 0.9))
-        fit = partial(
-            Fit,
-            opt=muon(),
-            lr=0.02 if lr is None else lr,
-            schedule=cycle,
-            wd=5e-4,
-            ema=0.998,
-            keep="last",
-            cbs=(RESIZING,),
-        )
+        stage = fit(opt=muon(), schedule=cycle, wd=5e-4, ema=0.998, keep="last", cbs=(RESIZING,))
     elif way == "one_cycle":
         # Half the source's batch: in so few epochs the network gains more from steps than it loses to their noise.
-        fit = partial(
-            Fit,
-            opt=sgd(),
-            lr=0.1 if lr is None else lr,
-            schedule=OneCycle(),
-            batch_size=64,
-            wd=5e-4,
-            ema=0.999,
-            keep="last",
-        )
-        fit = partial(fit, label_smoothing=0.1)
+        stage = fit(opt=sgd(), label_smoothing=0.1, schedule=OneCycle(), batch_size=64, wd=5e-4, ema=0.999, keep="last")
     else:
         steps = MultiStep(milestones=(40 / 70, 60 / 70), gamma=0.1)
-        fit = partial(Fit, opt=sgd(), lr=0.1 if lr is None else lr, schedule=steps, wd=1e-5, label_smoothing=0.1)
+        stage = fit(opt=sgd(), label_smoothing=0.1, schedule=steps, wd=1e-5)
     return Recipe(
         data=partial(cifar10, batch_size=128, valid=valid, augment=Augment(crop=4, flip=0.5)),
         model=resnet20,
-        stages=(fit("train", epochs=epochs),),
+        stages=(stage,),
     )
