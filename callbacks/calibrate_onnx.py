@@ -8,12 +8,13 @@ Source: onnxruntime's calibrators for `percentile`'s 99.999; Migacz 2017, "8-bit
 `entropy`. onnxruntime's own entropy makes as many bins as steps by default, so that it cuts nothing on one chunk.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from callbacks.onnx_run import open_session
+from callbacks.paired import Watch
 from callbacks.quantize_onnx import Calibration, QuantizeError, Range, prepared
 
 METHODS = ("minmax", "entropy", "percentile")
@@ -23,9 +24,6 @@ BINS = 2048
 STRIDE = 16  # bins between two cuts that entropy compares
 PERCENTILE = 99.999
 SMOOTHING = 1e-4  # of the whole, spread over all bins
-
-
-Watch = Callable[[int], None]
 
 
 class Images(Protocol):
