@@ -10,11 +10,11 @@ import pytest
 import torch
 from counting import Run
 from rich.console import Console
-from test_score import vectors
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import prune
+from vectors import vectors
 
 from micronet.cross_check import cross_check, cross_check_table
 from micronet.errors import MicronetError

@@ -1,18 +1,16 @@
 """The networks: their exact sizes, their layers against independent lists, and what later steps need of them."""
 
 import inspect
-import json
 import math
 import operator
-import os
 from collections import Counter
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 import torchvision
 from torch import fx, nn
+from vectors import vectors
 
 from micronet import models
 from micronet.models import (
@@ -29,8 +27,6 @@ from micronet.models import (
     separable_net,
     wide_resnet,
 )
-
-VECTORS = Path(os.environ.get("MICRONET_VECTORS", Path(__file__).resolve().parents[2] / "shared" / "vectors"))
 
 # (factory with its options, classes, parameters): published counts, or sums written out; none read off our own code.
 SIZES = {
@@ -172,10 +168,7 @@ KINDS = {
     ],
 )
 def test_layers_equal_the_independent_list(built, name, vector):
-    path = VECTORS / f"{vector}.json"
-    if not path.exists():
-        pytest.skip(f"{path} is not there: set MICRONET_VECTORS to the folder of the independent layer lists")
-    wanted = json.loads(path.read_text())
+    wanted = vectors(vector)
     network, seen = built[name], []
 
     def record(module, inputs, output):

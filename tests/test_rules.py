@@ -8,9 +8,9 @@ import torch
 from counting import Run
 from hypothesis import given
 from hypothesis import strategies as st
-from test_score import VECTORS
 from torch import nn
 from torch.nn.utils import prune
+from vectors import vectors
 
 from callbacks.ledger import Array, Ledger, Line, build
 from callbacks.op_trace import trace
@@ -19,7 +19,6 @@ from micronet.errors import MicronetError
 from micronet.rules import RULES, imt, imt_small, official, official_imagenet, seed
 from micronet.score import Accuracy, score, tally
 
-CASES = VECTORS / "oplevel_official.json"
 ACTIVATIONS = {None: nn.Identity, "relu": nn.ReLU, "swish": nn.SiLU, "sigmoid": nn.Sigmoid}
 
 
@@ -44,9 +43,7 @@ def as_module(op, args):
 
 
 def test_every_operation_of_the_published_counter():
-    if not CASES.exists():
-        pytest.skip(f"no vectors at {CASES}: set MICRONET_VECTORS to their folder")
-    cases = json.loads(CASES.read_text())["cases"]
+    cases = vectors("oplevel_official")["cases"]
     ledgers = {}
     for case in cases:
         key = json.dumps([case["op"], case["args"]])
@@ -224,10 +221,7 @@ def test_choices_within_the_official_rules_are_counted_and_named():
 
 
 def test_the_courses_formula():
-    path = VECTORS / "imt_formula_cases.json"
-    if not path.exists():
-        pytest.skip(f"no vectors at {path}: set MICRONET_VECTORS to their folder")
-    for case in json.loads(path.read_text())["cases"]:
+    for case in vectors("imt_formula_cases")["cases"]:
         line = Line(name="a", op="conv2d", module="", in_shape=(), out_shape=(), macs=case["f"])
         rules = {8.3e8: imt, 2.8e8: imt_small}[case["ref_f"]]
         options = {key: case[key] for key in ("ps", "pu", "qw", "qa")}

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,6 +17,7 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner, Recorder
 from torch import nn
 from torchvision import models
+from vectors import vectors
 
 from callbacks import op_counter
 from callbacks.op_counter import OpCounter
@@ -31,7 +31,6 @@ from micronet.models import preact_resnet18, resnet18, resnet20, wide_resnet
 from micronet.rules import imt, imt_profile, imt_small, official, seed
 from micronet.score import score, tally
 
-VECTORS = Path(os.environ.get("MICRONET_VECTORS", Path(__file__).parents[2] / "shared" / "vectors"))
 NETWORKS = {
     "wrn22_6_fastai_c100": partial(wide_resnet, depth=22, width=6, num_classes=100),
     "wrn28_10_c100": partial(wide_resnet, depth=28, width=10, num_classes=100, residual_scale=1.0),
@@ -52,13 +51,6 @@ SCENARIOS = {
     "sparse90_freebie16": ({}, Assume(sparsity=0.9)),
     "sparse50_int8": ({}, Assume(bits=8, sparsity=0.5)),
 }
-
-
-def vectors(name):
-    path = VECTORS / f"{name}.json"
-    if not path.exists():
-        pytest.skip(f"no vectors at {path}: set MICRONET_VECTORS to their folder")
-    return json.loads(path.read_text())
 
 
 def on_meta(name):
