@@ -153,8 +153,48 @@ for info in site.glob("*.dist-info"):
 EOF
 }
 
-# pip install ARGUMENT...: on a terminal one line that changes shows what pip is at; what went wrong is shown in full.
+# While pip works: how long it has been at it, what is in place, and its last line. On a terminal one line that is drawn
+# anew each second; elsewhere (a log, CI) a line after 1, 2, 4 and 8 seconds and every 16 from then on.
+progress() { # LOG
+    local start=$SECONDS next=1 passed line
+    while sleep 1 >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do
+        passed=$((SECONDS - start))
+        [[ -t 2 ]] || ((passed >= next)) || continue
+        next=$((passed < 8 ? passed * 2 : passed + 16))
+        set -- "$1" "$venv/lib/python${version%.*}/site-packages"/*.dist-info
+        line=$(printf '%d:%02d, %d packages in place; %s' $((passed / 60)) $((passed % 60)) $(($# - 1)) \
+            "$(tail -n 1 "$1" 2>/dev/null)")
+        if [[ -t 2 ]]; then
+            printf '\r\033[K%.79s' "$line" >&2
+        else
+            say "${line:0:120}"
+        fi
+    done
+}
+
+# pip install ARGUMENT...: progress is shown while it works; what went wrong is shown in full.
 pip_install() {
+    local log=$venv/.micronet-pip.log watch failed=0
+    : >"$log"
+    progress "$log" 9>&- & # without the lock, which must end with pip
+    watch=$!
+    # -I: a PYTHONPATH must not pass for packages that are installed.
+    "$python" -I -m pip install --disable-pip-version-check --progress-bar off "$@" >"$log" 2>&1 || failed=$?
+    kill "$watch" 2>/dev/null || true
+    wait "$watch" 2>/dev/null || true
+    [[ ! -t 2 ]] || printf '\r\033[K' >&2
+    if ((!failed)); then
+        rm -f "$log"
+        return 0
+    fi
+    # Progress and warnings about places that hold no such package are no errors.
+    grep -vE '^ *(Collecting|Downloading|Using cached|Requirement already|Looking in|Obtaining|Processing) |^WARNING: Location ' \
+        "$log" >&2 || true
+    die "pip failed, its own words are above; check the network, pip's configuration (pip config list)" \
+        "and the disk's free space, then run ./setup.sh again: it goes on from here"
+}
+
+install() {
     local log=$venv/.micronet-pip.log line
     # -I: a PYTHONPATH must not pass for packages that are installed.
     if "$python" -I -m pip install --disable-pip-version-check --progress-bar off "$@" 2>&1 | tee "$log" |

@@ -154,6 +154,25 @@ def test_a_second_call_does_not_run_pip(project: Project) -> None:
         assert not called.exists()
 
 
+def test_progress_is_shown_while_pip_works_and_ends_with_it(project: Project) -> None:
+    main = project.site / "pip/__main__.py"
+    text = main.read_text()
+    main.write_text(
+        "import sys, time\nif 'install' in sys.argv:\n"
+        "    print('Downloading stub-1.0 (900.1 MB)', flush=True)\n    time.sleep(2.5)\n"
+    )
+    (project.root / ".venv/.micronet-installed").unlink()
+    try:
+        _, err = project.run("true")
+    finally:
+        main.write_text(text)
+    said = re.findall(r"setup.sh: 0:0(\d), (\d) packages in place; Downloading stub-1.0 \(900.1 MB\)\n", err)
+    assert said[0][1] == str(len(list(project.site.glob("*.dist-info"))))
+    assert 2 <= len(said) <= 4  # two calls of pip
+    (project.root / ".venv/.micronet-installed").unlink()
+    assert "installing" in project.works()
+
+
 def test_data_is_fetched_before_the_command(project: Project) -> None:
     out, err = project.run("--data", "cifar10", "--data=cifar100", "python", "-c", "print('command')")
     assert (out.split("\n"), err) == (
