@@ -1,7 +1,6 @@
 """Files that become data: CIFAR from folders and archives, trees of images, and everything that must not count."""
 
 import tarfile
-import warnings
 from io import BytesIO
 from pathlib import PurePosixPath
 
@@ -69,9 +68,6 @@ def fastai_home(tmp_path, monkeypatch):
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.setenv("FASTAI_HOME", str(tmp_path / "fastai"))
     fastai_cfg.cache_clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # fastcore leaves its new config.ini open
-        fastai_cfg()
     yield tmp_path / "fastai"
     fastai_cfg.cache_clear()
 

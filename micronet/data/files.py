@@ -7,6 +7,7 @@ import hashlib
 import os
 import sys
 import tarfile
+import warnings
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -149,8 +150,11 @@ def find_cifar(name: str) -> tuple[list[Entry], dict]:
 
 def _through_fastai(name: str) -> tuple[list[Entry], dict]:
     """What fastai's cache holds; it takes any folder there for whole, even a half-extracted one, so that is checked."""
-    from fastai.data.external import fastai_path
+    from fastai.data.external import fastai_cfg, fastai_path
 
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # in a new home it writes config.ini and leaves it open
+        fastai_cfg()
     folder = _untar(name, force=False)
     entries = _read_folder(folder)
     if _shortfall(name, entries) is None:
