@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from micronet.bundle import save as save
     from micronet.counting import Assume as Assume
     from micronet.evaluate import evaluate as evaluate
+    from micronet.muon import Muon as Muon
     from micronet.optim import adam as adam
     from micronet.optim import adamw as adamw
     from micronet.optim import muon as muon
@@ -31,12 +32,15 @@ if TYPE_CHECKING:
     from micronet.run import run as run
     from micronet.score import Score as Score
     from micronet.score import score as score
+    from micronet.sensitivity import ratios_from as ratios_from
+    from micronet.teachers import distill_from as distill_from
 
 _HOMES = {
     "Bundle": "bundle",
     "load": "bundle",
     "save": "bundle",
     "evaluate": "evaluate",
+    "Muon": "muon",
     "adam": "optim",
     "adamw": "optim",
     "muon": "optim",
@@ -51,6 +55,8 @@ _HOMES = {
     "run": "run",
     "Score": "score",
     "score": "score",
+    "distill_from": "teachers",
+    "ratios_from": "sensitivity",
 }
 
 __all__ = ["MicronetError", *_HOMES]

@@ -22,6 +22,7 @@ from micronet.edits.quantised import entry as quantised_entry
 from micronet.errors import MicronetError, first_line
 from micronet.factories import find_factory
 from micronet.minmax8 import encode
+from micronet.names import current
 from micronet.rebuild import check_shapes, fill, rebuilt
 
 
@@ -153,7 +154,7 @@ def assemble(content: dict[str, Any], path: str | Path, factory: Callable[..., n
         raise MicronetError(f"{path}: {error}") from error
     return Bundle(
         model=model.eval(),
-        factory=content["factory"],
+        factory=current(content["factory"]),
         kwargs=kwargs,
         classes=tuple(content["classes"]),
         input_size=tuple(content["input_size"]),

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from micronet.errors import MicronetError
+from micronet.names import current, name_of
 
 # Arguments of torchvision and timm that fetch weights from elsewhere, or say how: a bundle has its own.
 _FETCH = frozenset(
@@ -55,7 +56,7 @@ def describe_factory(build: Callable[..., nn.Module]) -> tuple[str, dict[str, An
     for key, value in kept.items():
         if not is_plain(value):
             raise MicronetError(f"model: argument {key} of {name} must be numbers and text to be stored, got {value!r}")
-    return f"{build.__module__}:{name}", kept
+    return name_of(build), kept
 
 
 def is_plain(value: Any) -> bool:
@@ -81,17 +82,16 @@ def find_factory(name: str, kwargs: Mapping[str, Any]) -> Callable[..., nn.Modul
         f"the file's factory {name} is not a network of micronet, torchvision or timm; "
         "if you trust the code that made it, name that with --factory FILE:NAME"
     )
-    module, _, attribute = name.partition(":")
+    module, _, attribute = current(name).partition(":")
     package = module.partition(".")[0]
     if bad := sorted(_FETCH & set(kwargs)):
         raise MicronetError(f"the file's arguments for {name} would fetch something: {', '.join(bad)}; refused")
     if package == "micronet":
         import micronet.models as networks
 
-        found = getattr(networks, attribute, None) if attribute in networks.__all__ else None
-        if found is None or found.__module__ != module:
+        if module != networks.__name__ or attribute not in networks.__all__:
             raise refused
-        return found
+        return getattr(networks, attribute)
     if package == "torchvision":
         import torchvision
         from torchvision.models import get_model_builder, list_models

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from micronet.names import current
+
 # What the data sets' functions take where a recipe says nothing.
 _CUT = {"valid": 0.1, "split_seed": 0}
 
@@ -18,7 +20,9 @@ def data_call(provenance: Any) -> dict[str, Any]:
     used = provenance
     for part in ("resolved", "recipe", "data"):
         used = used.get(part) if isinstance(used, dict) else None
-    return used if isinstance(used, dict) else {"call": used}  # a source without arguments is its name alone
+    used = used if isinstance(used, dict) else {"call": used}  # a source without arguments is its name alone
+    call = used.get("call")
+    return {**used, "call": current(call) if isinstance(call, str) else call}
 
 
 def cut_otherwise(one: dict[str, Any], other: dict[str, Any]) -> bool:

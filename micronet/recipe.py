@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from callbacks.schedule import OneCycle, Schedule
 from micronet.errors import MicronetError, first_line
+from micronet.names import name_of
 from micronet.optim import OptFunc, sgd
 
 if TYPE_CHECKING:
@@ -289,9 +290,8 @@ def describe(value: Any) -> Any:
         return {"call": describe(value.func), **{name: item for name, item in arguments.items() if item != []}}
     if is_dataclass(value) and not isinstance(value, type):
         return {"call": describe(type(value))} | {f.name: describe(getattr(value, f.name)) for f in fields(value)}
-    name = getattr(value, "__qualname__", None)
-    if name is None or "<" in name:
+    if "<" in getattr(value, "__qualname__", "<nothing>"):
         raise MicronetError(
             f"a recipe is made of values, partials and named functions; {value!r} can't be recorded: use partial(...)"
         )
-    return f"{value.__module__}:{name}"
+    return name_of(value)

@@ -20,6 +20,7 @@ from micronet.errors import MicronetError
 from micronet.folder import copy_file, is_empty, locked, read_rows, sweep
 from micronet.learner import FitResult, make_learner, pick_device, precision, run_fit, seed_all
 from micronet.machine import git_state, hardware, versions
+from micronet.names import current
 from micronet.recipe import Fit, Recipe, blaming, describe
 from micronet.report import flat, stage_lines, write_csv, write_text
 from micronet.stage_files import check_reload, draw, keep_onnx, measured
@@ -145,7 +146,7 @@ class _Run:
         return now
 
     def _compare(self, then: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-        differing = differences(then["resolved"], now["resolved"])
+        differing = differences(current(then["resolved"]), now["resolved"])
         if differing:
             more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise MicronetError(

@@ -13,13 +13,10 @@ from pathlib import Path
 
 from torch import nn
 
-from callbacks.prune import PruneChannels
-from callbacks.ramp import Cubic, OneShot
-from callbacks.sparsify import Sparsify
-from micronet import Fit, Recipe, sgd
+from callbacks import Cubic, OneShot, PruneChannels, Sparsify
+from micronet import Fit, Recipe, distill_from, sgd
 from micronet.data import Augment, cifar10
 from micronet.edits import swap_activation
-from micronet.teachers import distill_from
 
 BASE = Path(__file__).parents[1] / "tests" / "data" / "resnet20_cifar10.pth"
 

@@ -14,10 +14,9 @@ Source: a course report on a separable student for Food-11 (temperature 20, weig
 from functools import partial
 from pathlib import Path
 
-from micronet import Fit, Recipe, sgd
+from micronet import Fit, Recipe, distill_from, sgd
 from micronet.data import Augment, cifar10
 from micronet.models import separable_net
-from micronet.teachers import distill_from
 
 TEACHER = Path(__file__).parents[1] / "tests" / "data" / "resnet20_cifar10.pth"
 

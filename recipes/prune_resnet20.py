@@ -16,11 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from callbacks.prune import PruneChannels
-from callbacks.ramp import OneShot, Rounds
-from micronet import Fit, Recipe, sgd
+from callbacks import OneShot, PruneChannels, Rounds
+from micronet import Fit, Recipe, distill_from, sgd
 from micronet.data import Augment, cifar10
-from micronet.teachers import distill_from
 
 BASE = Path(__file__).parents[1] / "tests" / "data" / "resnet20_cifar10.pth"
 

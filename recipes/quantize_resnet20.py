@@ -16,7 +16,7 @@ Source: Esser et al. 2020, "Learned Step Size Quantization", https://arxiv.org/a
 from functools import partial
 from pathlib import Path
 
-from callbacks.quant_aware import QuantAware
+from callbacks import QuantAware
 from micronet import Fit, Recipe, sgd
 from micronet.data import Augment, cifar10
 

@@ -9,7 +9,7 @@ Source: the data are scikit-learn's `load_digits` (UCI, Alpaydin and Kaynak 1998
 
 from functools import partial
 
-from callbacks.schedule import OneCycle
+from callbacks import OneCycle
 from micronet import Fit, Recipe, sgd
 from micronet.data import Augment, digits
 from micronet.models import separable_net

@@ -15,8 +15,7 @@ Source: a course report on light models (batch 128, augmentation, label smoothin
 from functools import partial
 from typing import Literal
 
-from callbacks.resize import ProgressiveResizing
-from callbacks.schedule import MultiStep, OneCycle
+from callbacks import MultiStep, OneCycle, ProgressiveResizing
 from micronet import Fit, Recipe, muon, sgd
 from micronet.data import Augment, cifar10
 from micronet.models import resnet20

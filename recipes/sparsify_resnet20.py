@@ -15,8 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from callbacks.ramp import Cubic
-from callbacks.sparsify import Sparsify
+from callbacks import Cubic, Sparsify
 from micronet import Fit, Recipe, sgd
 from micronet.data import Augment, cifar10
 

@@ -13,7 +13,7 @@ from functools import partial
 
 from fastai.callback.mixup import MixUp
 
-from callbacks.schedule import OneCycle
+from callbacks import OneCycle
 from micronet import Fit, Recipe, sgd
 from micronet.data import cifar100, wrn_augment
 from micronet.models import wide_resnet

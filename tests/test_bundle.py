@@ -97,7 +97,7 @@ def test_loading_leaves_the_random_numbers_alone(tmp_path):
 def test_the_file_holds_tensors_and_plain_containers_only(tmp_path):
     save(small(), tmp_path / "model.pth")
     content = torch.load(tmp_path / "model.pth", weights_only=True)
-    assert content["factory"] == "micronet.models.separable:separable_net"
+    assert content["factory"] == "micronet.models:separable_net"
 
 
 def test_torchvision_and_timm_networks_load_by_name(tmp_path):

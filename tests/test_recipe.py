@@ -165,4 +165,4 @@ def test_every_recipe_file_runs_all_its_stages(file, tmp_path, real):
 
 
 def test_cifar_is_named_in_the_recipes_by_function():
-    assert describe(partial(cifar10, batch_size=3)) == {"call": "micronet.data.sources:cifar10", "batch_size": 3}
+    assert describe(partial(cifar10, batch_size=3)) == {"call": "micronet.data:cifar10", "batch_size": 3}

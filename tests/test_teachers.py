@@ -112,7 +112,7 @@ def test_a_run_says_what_taught_it_and_its_file_holds_the_student_alone(teacher,
     assert list(bundle.model.state_dict()) == list(SMALL(num_classes=10).state_dict())
     assert (tmp_path / "r" / "model.pth").stat().st_size < teacher.stat().st_size / 4
     record = json.loads((tmp_path / "r" / "run.json").read_text())["resolved"]["recipe"]["stages"][0]["cbs"][0]
-    assert record["call"] == "micronet.teachers:distill_from"
+    assert record["call"] == "micronet:distill_from"
     assert record["args"][0][0] == describe(teacher)
     assert "sha256" in record["args"][0][0]
     assert record["temperature"] == 4

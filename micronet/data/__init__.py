@@ -15,3 +15,21 @@ from micronet.data.sources import fetch as fetch
 from micronet.data.sources import image_folder as image_folder
 from micronet.data.splits import Data as Data
 from micronet.data.splits import ImageSet as ImageSet
+
+__all__ = [
+    "Augment",
+    "BatchLoader",
+    "Data",
+    "ImageSet",
+    "by_name",
+    "check_name",
+    "cifar10",
+    "cifar100",
+    "digits",
+    "fetch",
+    "image_folder",
+    "loaders",
+    "plain_loader",
+    "usual_augment",
+    "wrn_augment",
+]
