@@ -41,6 +41,7 @@ class Rules:
         count: Counts a ledger by these rules, under assumptions.
         source: Where the rules were published.
         gate: The accuracy that qualifies.
+        choices: Which of the following these rules leave to whoever counts; the others mean nothing to them.
         freebie: Whether a model that quantises nothing counts its numbers and multiplications at 16 bits.
         max_pool: Whether the comparisons of max pooling count as multiplications.
         free_batch_norm: Whether a BatchNorm that cannot be folded costs nothing.
@@ -58,6 +59,7 @@ class Rules:
     count: Callable[[Ledger, "Rules", Assume], Tally]
     source: str
     gate: Gate
+    choices: tuple[str, ...] = ()
     freebie: bool = True
     max_pool: bool = False
     free_batch_norm: bool = False
@@ -70,9 +72,7 @@ class Rules:
 
     def options(self) -> dict[str, Any]:
         """What was chosen within these rules, as plain values."""
-        asked = ("ps", "pu", "qw", "qa") if self.count is count_imt else ()
-        names = asked or ("freebie", "max_pool", "free_batch_norm", "int_acc_bits", "adder_tree")
-        return {} if self.count in (count_seed, count_imt_profile) else {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in self.choices}
 
 
 official = Rules(
@@ -82,6 +82,7 @@ official = Rules(
     count=count_official,
     source="MicroNet Challenge, final rules of 2019-09-04: https://micronet-challenge.github.io/scoring_and_submission",
     gate=Gate(data="cifar100", correct=8_000, images=10_000),
+    choices=("freebie", "max_pool", "free_batch_norm", "int_acc_bits", "adder_tree"),
 )
 """The challenge's final rules, on CIFAR-100.
 
@@ -124,6 +125,7 @@ imt = Rules(
     count=count_imt,
     source="a course on embedded systems: (1-(ps+pu)) qw/32 w/5.6e6 + (1-ps) max(qw,qa)/32 f/8.3e8",
     gate=Gate(data="cifar10", correct=9_000, images=10_000),
+    choices=("ps", "pu", "qw", "qa"),
 )
 """A course on embedded systems, on CIFAR-10: w all parameters, f the multiply-accumulates of the network as it stands.
 
@@ -137,6 +139,7 @@ imt_profile = replace(
     imt,
     name="imt-profile",
     count=count_imt_profile,
+    choices=(),
     source="the same course's counting script: all parameters and multiplications at 16 bits",
 )
 """The course's own script: half of all parameters; mults / 2 + adds of convolutions and linear layers.
